@@ -1,0 +1,65 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each first makes $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+TESTS ?= tests
+# for `make bench`, which takes hours on two cores and goes on where it was stopped
+DATA ?= $(or $(POTSTILL_DATA),../shared/data)
+RUNS ?= runs
+DS_CONFIG ?= ds_configs/cpu.json
+
+# An absolute PATH: DeepSpeed's launcher starts ninja and python from whatever folder it is in.
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+# DeepSpeed's own ops are built here, not in a folder that other projects share.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+INSTALL := "$(PYTHON)" tools/install.py "$(VENV)" \
+	$(if $(TORCH),--torch "$(TORCH)") $(if $(SYSTEM_TORCH),--system_torch)
+
+.PHONY: help demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     shard, train a teacher, distil, fine-tune, report: under 10 minutes on 2 cores"
+	@echo "make test     every test (TESTS=tests/pretrain for some of them)"
+	@echo "make check    formatting, lint and types"
+	@echo "make bench    every benchmark, then the tables of docs/ (hours)"
+	@echo "make clean    remove the environment and the demo"
+	@echo
+	@echo "PYTHON=python3.12   the Python that makes the environment (3.11 or newer)"
+	@echo "VENV=.venv          where the environment stands"
+	@echo "SYSTEM_TORCH=1      use the torch that this Python already has"
+	@echo "TORCH=torch==2.13.0 what to install as torch, instead of choosing by the machine"
+
+$(VENV)/.installed: requirements.txt pyproject.toml tools/install.py
+	$(INSTALL)
+	@touch $@
+
+$(VENV)/.test-installed: requirements-test.txt $(VENV)/.installed
+	python -m pip install --no-compile --no-deps -r requirements-test.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	@# a build that was killed leaves a lock, at which the next start would wait for ever
+	@if [ -d "$(TORCH_EXTENSIONS_DIR)" ]; then find "$(TORCH_EXTENSIONS_DIR)" -name lock -delete; fi
+	python -m examples.demo --output "$(DEMO)"
+
+test: $(VENV)/.test-installed
+	python -m pytest $(TESTS)
+
+check: $(VENV)/.test-installed
+	ruff format --check .
+	ruff check .
+	mypy
+
+bench: $(VENV)/.test-installed
+	python benchmarks/attention.py
+	python benchmarks/sharding.py --input "$(DATA)/corpus" --tokenizer "$(DATA)/vocab/bert-base-uncased"
+	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
+	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
+		--model student="$(RUNS)/real/att-mse-uniform/student"
+	python benchmarks/fill_docs.py
+
+clean:
+	rm -rf "$(VENV)" "$(DEMO)"

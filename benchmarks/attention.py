@@ -1,0 +1,173 @@
+"""Which attention is fastest here: PyTorch's fused kernel, or the one written out?
+
+    python benchmarks/attention.py [--json benchmarks/results/attention-cpu.json]
+
+Times `pretrain.attention`'s two forms on the device there is, in turns, and gives medians and the
+ratio fused / written out of every turn's pair: below 1 the fused kernel wins. Three uses: forward
+only (a teacher), forward and backward (a student), the same with dropout 0.1. The choice made
+in `pretrain.attention.choose_attention` rests on these ratios.
+
+On a CPU with one thread (OMP_NUM_THREADS=1) the clock is the process's own CPU time, so that other
+programs on the machine hardly matter; otherwise it is the wall clock.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from potstill.console import program
+from potstill.files import write_json
+from pretrain.attention import Attention, plain_attention, sdpa_attention
+
+USES = {  # backward pass, dropout
+    "forward": (False, 0.0),
+    "forward+backward": (True, 0.0),
+    "forward+backward, dropout 0.1": (True, 0.1),
+}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+CLOCKS = {"wall": time.perf_counter, "process CPU time": time.process_time}
+
+
+def clock_name(device: torch.device) -> str:
+    """The clock that fits the device; see the module's docstring."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return "process CPU time" if alone else "wall"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured case: medians in milliseconds, the median ratio and its quartiles."""
+
+    heads: int
+    head_size: int
+    precision: str
+    use: str
+    plain_ms: float
+    fused_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def once(attention: Attention, tensors: list[torch.Tensor], backward: bool, drop: float) -> float:
+    """Seconds of one call, the device's queue empty before and after."""
+    synchronize = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
+    clock = CLOCKS[clock_name(tensors[0].device)]
+    synchronize()
+    start = clock()
+    if backward:
+        out = attention(tensors[0], tensors[1], tensors[2], None, drop)
+        torch.autograd.grad(out, tensors[:3], tensors[3])
+    else:
+        with torch.inference_mode():
+            attention(tensors[0], tensors[1], tensors[2], None, drop)
+    synchronize()
+    return clock() - start
+
+
+def measure(
+    shape: tuple[int, int, int, int], precision: str, use: str, turns: int, device: torch.device
+) -> Row:
+    """Run both forms in turns, so that noise of the machine hits both alike."""
+    backward, drop = USES[use]
+    options: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": device}
+    tensors = [torch.randn(shape, **options).requires_grad_(backward) for _ in range(3)]
+    tensors.append(torch.randn(shape, **options))
+
+    def call(attention: Attention) -> float:
+        return once(attention, tensors, backward, drop)
+
+    call(plain_attention)  # warm-up
+    call(sdpa_attention)
+    pairs = [(call(plain_attention), call(sdpa_attention)) for _ in range(turns)]
+    low, middle, high = statistics.quantiles([fused / plain for plain, fused in pairs], n=4)
+    return Row(
+        heads=shape[1],
+        head_size=shape[3],
+        precision=precision,
+        use=use,
+        plain_ms=1e3 * statistics.median(plain for plain, _ in pairs),
+        fused_ms=1e3 * statistics.median(fused for _, fused in pairs),
+        ratio=middle,
+        ratio_low=low,
+        ratio_high=high,
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.type,
+        "name": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "clock": clock_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows as a Markdown table."""
+    print("| heads x size | precision | use | written out, ms | fused, ms | fused / written out |")
+    print("|---|---|---|---:|---:|---:|")
+    for row in rows:
+        spread = f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+        print(
+            f"| {row.heads} x {row.head_size} | {row.precision} | {row.use} | {row.plain_ms:.2f} "
+            f"| {row.fused_ms:.2f} | {spread} |"
+        )
+
+
+@program
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=8, help="Sequences.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens of a sequence.")
+    parser.add_argument("--turns", type=int, default=15, help="Timed runs of each form.")
+    parser.add_argument("--json", type=Path, help="Write the figures to this file.")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    rows = [
+        measure((options.batch, 12, options.length, size), precision, use, options.turns, device)
+        for size in (64, 32)
+        for precision in PRECISIONS
+        for use in USES
+    ]
+    where = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print_table(rows)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: getattr(options, key) for key in ("batch", "length", "turns")}
+        write_json(
+            options.json,
+            {"machine": where, "settings": settings, "rows": [asdict(row) for row in rows]},
+        )
+
+
+if __name__ == "__main__":
+    main()

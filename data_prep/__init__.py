@@ -1,0 +1,1 @@
+"""Text to shards: readers, tokenising, packing, the HDF5 layout."""

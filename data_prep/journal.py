@@ -1,0 +1,225 @@
+"""A run's working folder: finished shards under working names, and the journal to go on from.
+
+The journal is one file, replaced atomically behind every finished shard, so that a run that was
+killed at any instant goes on with the very state it had there.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data_prep.corpus import Position
+from data_prep.shard_format import (
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    TRAIN,
+    VALIDATION,
+    ShardFile,
+    shard_image,
+)
+from potstill.errors import InputError
+from potstill.files import write_bytes, write_json
+
+WORKING_FOLDER = ".sharding"
+
+
+@dataclass
+class State:
+    """Where a run stands: everything but the tokens that wait in the packers."""
+
+    position: Position = Position()
+    documents: int = 0  # with at least one token
+    open_split: str = ""  # of the document that goes on behind the position, if one does
+    documents_by_source: list[int] = field(default_factory=list)
+    skipped_texts: int = 0
+    shards: list[ShardFile] = field(default_factory=list)  # names are working names
+    padding: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
+    begun: dict[str, bool] = field(default_factory=dict)
+    finished: bool = False
+
+
+class Journal:
+    """The working folder `.sharding` inside an output folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / WORKING_FOLDER
+        self.learned_tokenizer = self.folder / "tokenizer"
+        self._journal = self.folder / "journal.npz"
+        self._settings = self.folder / "settings.json"
+        self._lock: IO[str] | None = None
+
+    def is_complete(self, settings: dict[str, Any]) -> bool:
+        """Whether the output holds the finished shards of these very settings.
+
+        Raises:
+            InputError: the folder holds another run, or something else.
+        """
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"--output {self.output} is a file; give a folder")
+        complete = (self.output / MANIFEST).exists()
+        if complete or self._journal.exists():
+            self._compare(settings)
+        elif self.output.exists():
+            foreign = [p.name for p in self.output.iterdir() if not _is_ours(p)]
+            if foreign:
+                raise InputError(
+                    f"--output {self.output} is not empty (it holds {sorted(foreign)[0]}); "
+                    "give a folder of its own"
+                )
+        return complete
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        if not self._settings.exists():
+            raise InputError(
+                f"--output {self.output} holds shards whose settings are unknown; give another"
+            )
+        earlier = json.loads(self._settings.read_bytes())
+        for name, wanted in _plain(settings).items():
+            was = earlier.get(name)
+            if was != wanted and not self._may_change(name, was, wanted, settings):
+                raise InputError(
+                    f"--output {self.output} belongs to another run: {name} was "
+                    f"{_short(was, wanted)}, now {_short(wanted, was)}; "
+                    "give another folder, or delete this one"
+                )
+
+    def _may_change(self, name: str, was: Any, wanted: Any, settings: dict[str, Any]) -> bool:
+        """Whether all that is sharded so far is the same in spite of this difference.
+
+        A corpus is mended in this way: of the source at the journal's place what was read is
+        compared when it is read again, of those behind it nothing counts yet.
+        """
+        if name == "on_bad_text":
+            return (was, wanted) == ("stop", "skip")  # there was no bad text yet
+        if name != "sources" or settings["train_tokenizer"] or (self.output / MANIFEST).exists():
+            return False  # a vocabulary was learned from all sources
+        state = self.load()[0]
+        done = state.position.source
+        return (
+            not state.finished
+            and was[:done] == wanted[:done]
+            and [_named(source) for source in was] == [_named(source) for source in wanted]
+        )
+
+    def _kept(self, settings: dict[str, Any]) -> set[str]:
+        """The names in the working folder that a run of these settings goes on from."""
+        if self._journal.exists():  # compared already, in `is_complete`
+            shards = {file.name for file in self.load()[0].shards}
+            names = {self._journal.name, self._settings.name, self.learned_tokenizer.name}
+            return {"lock"} | names | shards
+        if self._settings.exists() and json.loads(self._settings.read_bytes()) == _plain(settings):
+            return {"lock", self._settings.name, self.learned_tokenizer.name}
+        return {"lock"}
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Make the working folder, or take up that of a stopped run with these settings.
+
+        Raises:
+            InputError: the folder cannot be made, or another process works in it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(
+                f"another process is sharding into {self.output}; wait for it, or give another"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"--output {self.output} cannot be written ({error.strerror}); give another"
+            ) from error
+        kept = self._kept(settings)
+        old = [path for path in self.folder.iterdir() if path.name not in kept]
+        for path in old + [path for path in self.output.iterdir() if _is_left_over(path)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(self._settings, settings)
+
+    def add_shard(self, state: State, split: str, rows: np.ndarray) -> None:
+        """Write a shard under its working name; it counts once the journal is saved."""
+        image = shard_image(rows)
+        number = sum(file.split == split for file in state.shards)
+        name = f"{split}-{number:05d}.h5"
+        write_bytes(self.folder / name, image)
+        digest = hashlib.sha256(image).hexdigest()
+        state.shards.append(ShardFile(name, split, len(rows), digest))
+
+    def save(self, state: State, waiting: dict[str, np.ndarray]) -> None:
+        """Replace the journal by this state and the waiting tokens of each split."""
+        image = io.BytesIO()
+        encoded = np.frombuffer(json.dumps(asdict(state)).encode(), dtype=np.uint8)
+        np.savez(image, state=encoded, **waiting)  # type: ignore[arg-type]
+        write_bytes(self._journal, image.getvalue())
+
+    def load(self) -> tuple[State, dict[str, np.ndarray]]:
+        """The last saved state and the waiting tokens; a fresh state without a journal."""
+        if not self._journal.exists():
+            return State(), {}
+        with np.load(self._journal) as arrays:
+            waiting = {split: arrays[split] for split in (TRAIN, VALIDATION)}
+            fields = json.loads(arrays["state"].tobytes())
+        fields["position"] = Position(**fields["position"])
+        fields["shards"] = [ShardFile(**shard) for shard in fields["shards"]]
+        return State(**fields), waiting
+
+    def name_shards(self, state: State) -> list[ShardFile]:
+        """Give the shards their final names; may be repeated when it was interrupted."""
+        named = []
+        for split in (TRAIN, VALIDATION):
+            of_split = [file for file in state.shards if file.split == split]
+            for number, file in enumerate(of_split):
+                name = f"{split}-{number:05d}-of-{len(of_split):05d}.h5"
+                if (self.folder / file.name).exists():
+                    os.replace(self.folder / file.name, self.output / name)
+                named.append(ShardFile(name, split, file.rows, file.sha256))
+        return named
+
+    def close(self) -> None:
+        """Drop what only a continuation needs; the settings stay."""
+        self._journal.unlink(missing_ok=True)
+        (self.folder / "lock").unlink(missing_ok=True)
+        shutil.rmtree(self.learned_tokenizer, ignore_errors=True)
+
+    def release(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name == WORKING_FOLDER or _is_left_over(path)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed run was about to write this into the output folder."""
+    names = "|".join(map(re.escape, (TOKENIZER_FOLDER, MANIFEST)))
+    return re.fullmatch(rf"\.({names})\.\d+\.(part|old)", path.name) is not None
+
+
+def _named(source: dict[str, Any]) -> tuple[Any, Any]:
+    return source["name"], source["dataset"]
+
+
+def _plain(settings: dict[str, Any]) -> Any:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings))
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value for a message; of two lists only the first entry that differs."""
+    if isinstance(value, list):
+        rest = other if isinstance(other, list) else []
+        differing = [v for place, v in enumerate(value) if place >= len(rest) or rest[place] != v]
+        return _short(differing[0], None) if differing else "shorter"
+    return repr(value)

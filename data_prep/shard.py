@@ -1,0 +1,275 @@
+"""Shard a corpus: text in, HDF5 files of full token rows out.
+
+python data_prep/shard.py --input corpus/ --tokenizer bert-base-uncased --output shards/
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from data_prep.corpus import Position, Source, check_apart, find_sources, probe, read_pieces
+from data_prep.journal import Journal
+from data_prep.readers import DatasetName, ReadOptions
+from data_prep.shard_format import TRAIN, VALIDATION, Manifest, read_manifest, verify_files
+from data_prep.sharding import Sharder, ShardPlan, settings_of
+from data_prep.tokenization import (
+    TextEncoder,
+    encoder_settings,
+    load_tokenizer,
+    pieces_change_tokens,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from potstill.console import program, progress, say
+from potstill.errors import InputError, PotstillError
+
+LISTED_SOURCES = 20  # --info stays on a screen
+EXAMPLES = """\
+examples:
+  python data_prep/shard.py --input books/ wiki.jsonl.zst --tokenizer bert-base-uncased \\
+      --output shards/
+  python data_prep/shard.py --input notes.txt --train_tokenizer 8000 --output shards/
+  python data_prep/shard.py --dataset wikimedia/wikipedia --dataset_config 20231101.en \\
+      --tokenizer bert-base-uncased --output shards/
+  python data_prep/shard.py --info shards/
+A run that was stopped goes on when the same command is given again.
+"""
+
+
+class Signalled(BaseException):
+    """A signal came. No `Exception`: libraries that catch those would swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Stopped(PotstillError):
+    """The program ends for a signal; the finished shards are kept."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; finished shards are kept: "
+            "run the same command again to go on"
+        )
+        self.exit_status = 128 + number
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Signalled(number)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; argparse itself answers bad usage with exit status 2."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    add = what.add_argument
+    add("--input", nargs="+", metavar="PATH", help=".txt .jsonl .json .parquet, or folders of them")
+    add("--dataset", metavar="NAME", help="a Hugging Face data set: hub name or local folder")
+    add("--verify", metavar="DIR", type=Path, help="check every file against the manifest")
+    add("--info", metavar="DIR", type=Path, help="rows, tokens, padding, tokenizer, sources")
+    add = parser.add_argument
+    add("--dataset_config", metavar="C", help="the data set's configuration, e.g. 20231101.en")
+    add("--split", default="train", help="the data set's split (default: train)")
+    add("--text_column", default="text", help="field with the text (default: text)")
+    add(
+        "--document_per_file",
+        action="store_true",
+        help="a .txt file is one document; else a blank line ends a document",
+    )
+    add(
+        "--on_bad_text",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at text that is not "
+        "UTF-8: stop with its place (default), or leave the line out and count it",
+    )
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="a fast Hugging Face tokenizer")
+    words.add_argument(
+        "--train_tokenizer",
+        type=int,
+        metavar="V",
+        help="learn a lower-case BERT "
+        "WordPiece vocabulary of V tokens from the corpus (30522 in BERT)",
+    )
+    add("--output", type=Path, metavar="DIR", help="a folder of its own for the shards")
+    add(
+        "--seq_length",
+        type=int,
+        default=128,
+        help="tokens a row, with [CLS] and [SEP] (default: 128)",
+    )
+    add(
+        "--validation_fraction",
+        type=float,
+        default=0.005,
+        help="share of documents held out; "
+        "with two documents or more at least one; 0: none (default: 0.005)",
+    )
+    add("--rows_per_shard", type=int, default=65_536, help="rows of a file (default: 65536)")
+    add("--seed", type=int, default=0, help="chooses the validation documents (default: 0)")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that tokenise; the shards do not depend on it (default: all cores)",
+    )
+    return parser.parse_args(arguments)
+
+
+@program
+def main() -> None:
+    """Do what the command line says."""
+    args = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        if args.info or args.verify:
+            look(args)
+        else:
+            shard(args)
+    except Signalled as signalled:
+        raise Stopped(signalled.number) from None
+
+
+def look(args: argparse.Namespace) -> None:
+    """Check or describe a folder of shards."""
+    folder = args.info or args.verify
+    manifest = read_manifest(folder)
+    if args.verify:
+        verify_files(folder, manifest, manifest.files + manifest.tokenizer_files)
+        say(f"{folder}: {len(manifest.files)} shards and the tokenizer are as written")
+    else:
+        describe(folder, manifest)
+
+
+def shard(args: argparse.Namespace) -> None:
+    """Shard a corpus, or go on with a run that was stopped."""
+    if args.output is None:
+        raise InputError("--output is missing; give a folder for the shards")
+    if args.tokenizer is None and args.train_tokenizer is None:
+        raise InputError("give --tokenizer NAME_OR_DIR, or --train_tokenizer 30522 to learn one")
+    if args.workers < 1:
+        raise InputError(f"--workers is {args.workers}; give 1 or more")
+    plan = ShardPlan(args.seq_length, args.validation_fraction, args.rows_per_shard, args.seed)
+    options = ReadOptions(args.text_column, args.document_per_file, args.on_bad_text)
+    check_apart(args.input or [args.dataset], args.output)
+    sources = sources_of(args)
+    probe(sources, options)
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
+    journal = Journal(args.output)
+    settings = settings_of(plan, sources, options, tokenizer_identity(args, tokenizer))
+    if journal.is_complete(settings):
+        journal.close()
+        say(f"{args.output} is complete already, with these settings")
+        return
+    try:
+        journal.begin(settings)
+        if tokenizer is None:
+            tokenizer = learned_tokenizer(args.train_tokenizer, journal, sources, options)
+        sharder = Sharder(journal, plan, sources, options, tokenizer)
+        if sharder.continues:
+            say(f"going on behind {len(sharder.state.shards)} finished shards")
+        if pieces_change_tokens(TextEncoder(*encoder_settings(tokenizer))):
+            say("note: this tokenizer reads a paragraph differently behind another than on its own")
+        manifest, tokens, seconds = sharder.run(args.workers)
+    except OSError as error:
+        raise PotstillError(
+            f"{args.output} cannot be written ({error.strerror or error}); finished shards are "
+            "kept: make room and run the same command again"
+        ) from error
+    finally:
+        journal.release()
+    describe(args.output, manifest)
+    warn_of_split(manifest)
+    say(f"{tokens:,} tokens read in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+    say(
+        f"next: deepspeed pretrain/run.py --ds_config ds_configs/cpu.json --data {args.output} "
+        "--teacher NAME_OR_DIR --objective att-mse --output RUN"
+    )
+
+
+def warn_of_split(manifest: Manifest) -> None:
+    """Say so where a split by document came out far from what was asked for."""
+    train, validation = manifest.splits[TRAIN].tokens, manifest.splits[VALIDATION].tokens
+    wanted = manifest.validation_fraction
+    if manifest.documents == 1:
+        say("one document only: all of it is for training, there are no validation rows")
+    elif validation / (train + validation) > max(0.1, 10 * wanted):
+        say(
+            f"note: the split is by document, and validation holds "
+            f"{validation / (train + validation):.0%} of the tokens instead of {wanted:.1%}: "
+            "the corpus has few documents, or a very long second one"
+        )
+
+
+def sources_of(args: argparse.Namespace) -> list[Source]:
+    """The sources that the command line names."""
+    if args.input:
+        return find_sources(args.input)
+    dataset = DatasetName(args.dataset, args.dataset_config, args.split)
+    return [Source(args.dataset, "dataset", dataset=dataset)]
+
+
+def tokenizer_identity(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """What tells the tokenizer from another in a run's settings; one to be learned by its size."""
+    if tokenizer is None:
+        return {"train_tokenizer": args.train_tokenizer, "tokenizer_fingerprint": None}
+    return {"train_tokenizer": None, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+
+
+def learned_tokenizer(
+    vocab_size: int, journal: Journal, sources: list[Source], options: ReadOptions
+) -> Any:
+    """A tokenizer learned from the corpus, once per output folder."""
+    folder = journal.learned_tokenizer
+    if folder.exists():
+        return load_tokenizer(folder)
+    say(f"learning a vocabulary of {vocab_size:,} tokens; the corpus is read twice")
+
+    def texts() -> Iterator[str]:
+        pieces = read_pieces(sources, options, Position())
+        return (piece.text for piece in progress(pieces, desc="learning", unit=" pieces"))
+
+    tokenizer = train_tokenizer(texts, vocab_size, folder)
+    if len(tokenizer) < vocab_size:
+        say(f"the corpus gave {len(tokenizer):,} tokens, fewer than asked for")
+    return tokenizer
+
+
+def describe(folder: Path, manifest: Manifest) -> None:
+    """Print what a folder of shards holds."""
+    say(f"{folder}: {manifest.documents:,} documents, rows of {manifest.seq_length} tokens")
+    for split, size in manifest.splits.items():
+        share = size.padding / max(1, size.rows * manifest.seq_length)
+        files = len(manifest.of_split(split))
+        say(
+            f"  {split:<10} {size.rows:>12,} rows {size.tokens:>15,} tokens "
+            f"{share:8.4%} padding {files:>6,} files"
+        )
+    say(
+        f"  tokenizer  {manifest.vocab_size:,} tokens, fingerprint "
+        f"{manifest.tokenizer_fingerprint[:16]}…"
+    )
+    say(f"  split      seed {manifest.seed}, fraction {manifest.validation_fraction:g}")
+    for source in manifest.sources[:LISTED_SOURCES]:
+        say(f"  source     {source['name']}: {source['documents']:,} documents")
+    if len(manifest.sources) > LISTED_SOURCES:
+        say(f"  source     and {len(manifest.sources) - LISTED_SOURCES:,} more")
+    if manifest.skipped_texts:
+        say(f"  left out   {manifest.skipped_texts:,} texts that are not UTF-8")
+    say(f"  packing    {manifest.packing}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Fine-tuning of students and teachers on tasks, and their results."""

@@ -1,0 +1,115 @@
+"""What a run is told on the command line: one dataclass per concern, checked at once."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from potstill.errors import InputError
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which model is fine-tuned, and where the run lives."""
+
+    model: str = field(metadata={"help": "folder of the model, with its tokenizer"})
+    output: str = field(metadata={"help": "folder of the run; result.json appears there"})
+    save_model: bool = _flag(True, "keep the fine-tuned model in OUTPUT/model")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The task: one of GLUE, or the user's own files."""
+
+    task: str | None = _flag(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli")
+    data: str | None = _flag(None, "folder with TASK/train.parquet …; without it, from the hub")
+    train_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
+    validation_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
+    regression: bool = _flag(
+        False, "own task: read the labels as numbers (float labels always are)"
+    )
+    max_length: int = _flag(128, "longest row in tokens; what is longer is cut")
+    max_train_rows: int | None = _flag(None, "train on this many evenly spaced rows only")
+    max_validation_rows: int | None = _flag(None, "validate on this many evenly spaced rows only")
+
+    def __post_init__(self) -> None:
+        own = self.train_file is not None or self.validation_file is not None
+        if own and (self.task is not None or self.data is not None):
+            raise InputError(
+                "--train_file and --validation_file are a task of their own: "
+                "leave --task and --data out"
+            )
+        if own and (self.train_file is None or self.validation_file is None):
+            raise InputError("--train_file and --validation_file go together: give both")
+        if not own and self.task is None:
+            raise InputError("no task: give --task, or --train_file and --validation_file")
+        if not own and self.regression:
+            raise InputError(
+                "--regression is for your own files; --task stsb is a regression as is"
+            )
+        for name in ("max_length", "max_train_rows", "max_validation_rows"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The optimiser's knobs; AdamW, linear warm-up, then linear decay to zero."""
+
+    lr: float = _flag(5e-5, "peak learning rate")
+    batch_size: int = _flag(32, "rows per update")
+    epochs: int = _flag(3, "passes over the training rows; 0 only evaluates a fine-tuned model")
+    seed: int = _flag(0, "seed of the fresh head, dropout and the order of rows")
+    warmup: float = _flag(0.06, "share of the updates in which the learning rate rises")
+    weight_decay: float = _flag(0.01, "not applied to biases and layer norms")
+    precision: Literal["auto", "fp32", "bf16"] = _flag(
+        "auto", "bf16 is autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("epochs", self.epochs, 0)
+        _at_least("seed", self.seed, 0)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"--lr {self.lr}: give a positive number, for example 3e-5")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"--warmup {self.warmup}: give a share of the updates, 0 <= share < 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(
+                f"--weight_decay {self.weight_decay}: give a number that is not negative"
+            )
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"--{name} {value}: give {least} or more")
+
+
+def parse(arguments: list[str] | None) -> tuple[RunSettings, DataSettings, TrainSettings]:
+    """Read the command line (`None`: of this process).
+
+    Raises:
+        InputError: a flag is unknown, or its value makes no sense.
+        SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
+    """
+    parser = HfArgumentParser(
+        [RunSettings, DataSettings, TrainSettings],
+        description="Fine-tune an encoder on one labelled task and score it after every epoch.",
+        allow_abbrev=False,
+    )
+    run, data, train, unknown = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
+    if not Path(run.model).is_dir():
+        raise InputError(
+            f"--model {run.model}: no such folder; give a folder with config.json, "
+            "model.safetensors and a tokenizer"
+        )
+    return run, data, train

@@ -1,0 +1,125 @@
+"""Labelled rows from a file: csv, jsonl or Parquet, with errors that name file and line."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset
+
+from potstill.errors import InputError
+
+INTEGER = re.compile(r"[+-]?\d+")
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> Dataset:
+    """The rows of `path`; only those of `columns` that it has, so that others may be anything.
+
+    Raises:
+        InputError: the file is missing, empty, damaged or of an unknown kind.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix not in READERS:
+        raise InputError(f"{path}: unknown kind {path.suffix!r}; give {', '.join(READERS)}")
+    try:
+        rows = READERS[path.suffix](path, columns)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    if path.stat().st_size > 0 and not rows.column_names:
+        raise InputError(f"{path}: none of the columns {', '.join(columns)}; name them so")
+    if len(rows) == 0:
+        raise InputError(f"{path}: no rows; give at least one labelled row")
+    return rows
+
+
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> Dataset:
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        wanted = [name for name in columns if name in schema.names]
+        table = pyarrow.parquet.read_table(path, columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: not a whole Parquet file ({reason}); copy or make it again"
+        ) from error
+    # The schema's metadata carries the names of a ClassLabel.
+    return Dataset(table)
+
+
+def _text(path: Path) -> str:
+    """The whole file, decoded at once: a decoder of blocks would count bytes within its block."""
+    return path.read_bytes().decode().removeprefix("\N{BYTE ORDER MARK}")
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> Dataset:
+    found: dict[str, list[Any]] = {}
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        kept = {name: header.index(name) for name in columns if name in header}
+        found = {name: [] for name in kept}
+        for row in reader:
+            if len(row) != len(header):
+                raise InputError(
+                    f"{path}: line {reader.line_num} has {len(row)} fields, "
+                    f"the header {len(header)}; quote fields that hold commas"
+                )
+            for name, index in kept.items():
+                found[name].append(row[index])
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}; mend the csv") from error
+    if "label" in found:
+        found["label"] = _typed(found["label"])
+    return Dataset.from_dict(found)
+
+
+def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Dataset:
+    rows = []
+    for number, line in enumerate(io.StringIO(_text(path), newline=None), start=1):
+        if line.strip():
+            rows.append(_json_object(path, number, line))
+    kept = [name for name in columns if rows and name in rows[0]]
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in kept})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(
+            f"{path}: a column mixes kinds of values ({error}); use one kind"
+        ) from error
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {number} is not JSON ({error}); mend it") from error
+    if not isinstance(row, dict):
+        raise InputError(
+            f'{path}: line {number} is not an object such as {{"sentence": "…", "label": "…"}}'
+        )
+    return row
+
+
+def _typed(values: list[str]) -> list[Any]:
+    """A csv knows only text: all integers, else all numbers, else strings; blanks are cut."""
+    values = [value.strip() for value in values]
+    if all(INTEGER.fullmatch(value) for value in values):
+        return [int(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return values
+
+
+READERS: dict[str, Callable[[Path, tuple[str, ...]], Dataset]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

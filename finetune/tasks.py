@@ -1,0 +1,217 @@
+"""The tasks: their columns and metrics, and their rows from local Parquet, the hub or own files."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Value, load_dataset
+
+from finetune.labels import Labels, model_order, number, order_of, read_labels
+from finetune.settings import DataSettings
+from finetune.tables import read_rows
+from potstill.console import say
+from potstill.errors import InputError
+from potstill.files import sha256_of
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as its data has it: text columns, metrics (the main one first), validation splits."""
+
+    name: str
+    texts: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    validations: tuple[str, ...] = ("validation",)
+    positive: str | None = None  # the class that F1 is about
+    regression: bool = False
+
+
+PAIR = ("sentence1", "sentence2")
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("cola", ("sentence",), ("mcc", "accuracy")),
+        Task("sst2", ("sentence",)),
+        Task("mrpc", PAIR, ("f1", "accuracy"), positive="equivalent"),
+        Task("stsb", PAIR, ("pearson", "spearman"), regression=True),
+        Task("qqp", ("question1", "question2"), ("accuracy", "f1"), positive="duplicate"),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            validations=("validation_matched", "validation_mismatched"),
+        ),
+        Task("qnli", ("question", "sentence")),
+        Task("rte", PAIR),
+        Task("wnli", PAIR),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split: a tuple of one or two texts a row, and the label's name or number."""
+
+    texts: list[tuple[str, ...]]
+    labels: Labels
+
+    def first(self, most: int | None) -> "Rows":
+        """At most `most` rows, evenly spaced over the file: many files are sorted by source."""
+        if most is None or most >= len(self.labels):
+            return self
+        kept = [index * len(self.labels) // most for index in range(most)]
+        labels: Labels = [self.labels[i] for i in kept]  # type: ignore[assignment]
+        return Rows([self.texts[i] for i in kept], labels)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's rows: `splits` has "train" and every validation split that there is."""
+
+    task: Task
+    splits: Mapping[str, Rows]
+    label_names: tuple[str, ...]  # in the data's order; empty for a regression
+    source: str
+    sha256: str | None  # of the local files
+
+    def numbered(self, order: tuple[str, ...]) -> dict[str, list[int] | list[float]]:
+        """The labels of every split as the model sees them: places in `order`, or numbers."""
+        if self.task.regression:
+            return {split: rows.labels for split, rows in self.splits.items()}  # type: ignore[misc]
+        return {
+            split: number(rows.labels, order, f"{self.source}, {split}")  # type: ignore[arg-type]
+            for split, rows in self.splits.items()
+        }
+
+    def order_for(self, model_names: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The labels in the order of the model's outputs; see `model_order` for the errors."""
+        if self.task.regression:
+            if model_names is not None and len(model_names) != 1:
+                raise InputError(
+                    f"--model has {len(model_names)} outputs, {self.task.name} is a "
+                    "regression; start from a model with one output or without a head"
+                )
+            return ()
+        return model_order(self.label_names, model_names)
+
+
+def load(settings: DataSettings) -> TaskData:
+    """Read, check and cut the rows that the settings name.
+
+    Raises:
+        InputError: the task is unknown, a file or column is missing, or a row cannot be used.
+    """
+    if settings.task is None:
+        return _load_own(settings)
+    if settings.task not in TASKS:
+        near = difflib.get_close_matches(settings.task, TASKS, cutoff=0.3) or list(TASKS)
+        raise InputError(f"--task {settings.task}: unknown; did you mean {' or '.join(near)}?")
+    task = TASKS[settings.task]
+    if settings.data is None:
+        return _assemble(task, _from_hub(task), f"hub: {HUB}", None, settings)
+    paths = _local_paths(task, Path(settings.data))
+    tables = {split: read_rows(path, (*task.texts, "label")) for split, path in paths.items()}
+    return _assemble(task, tables, str(Path(settings.data)), list(paths.values()), settings)
+
+
+def _local_paths(task: Task, data: Path) -> dict[str, Path]:
+    folder = data / task.name
+    if not folder.is_dir():
+        raise InputError(
+            f"--data {data}: no folder {task.name}/ in it; give the folder that holds "
+            f"{task.name}/train.parquet"
+        )
+    paths = {split: folder / f"{split}.parquet" for split in ("train", *task.validations)}
+    for split in task.validations[1:]:
+        if not paths[split].exists():
+            say(f"{paths[split]} is missing: scores will be of {task.validations[0]} only")
+            del paths[split]
+    return paths
+
+
+def _from_hub(task: Task) -> dict[str, Dataset]:
+    try:
+        found = load_dataset(HUB, task.name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{HUB} {task.name} cannot be loaded from the hub "
+            f"({str(error).splitlines()[0]}); give --data with local files"
+        ) from error
+    return {split: found[split] for split in ("train", *task.validations)}
+
+
+def _load_own(settings: DataSettings) -> TaskData:
+    paths = {
+        "train": Path(str(settings.train_file)),
+        "validation": Path(str(settings.validation_file)),
+    }
+    tables = {split: read_rows(path, ("sentence", *PAIR, "label")) for split, path in paths.items()}
+    columns = tables["train"].column_names
+    single = ("sentence",) if "sentence" in columns else ()
+    texts = PAIR if set(PAIR) <= set(columns) else single
+    if not texts:
+        raise InputError(
+            f"{paths['train']}: no text column; name one sentence, or two sentence1 and sentence2"
+        )
+    label = tables["train"].features.get("label")
+    floats = isinstance(label, Value) and label.dtype.startswith("float")
+    regression = settings.regression or floats
+    task = Task(
+        "own",
+        texts,
+        ("pearson", "spearman") if regression else ("accuracy", "macro_f1"),
+        regression=regression,
+    )
+    source = f"{paths['train']}, {paths['validation']}"
+    return _assemble(task, tables, source, list(paths.values()), settings)
+
+
+def _assemble(
+    task: Task,
+    tables: Mapping[str, Dataset],
+    source: str,
+    paths: list[Path] | None,
+    settings: DataSettings,
+) -> TaskData:
+    splits = {split: _rows(task, table, f"{source}, {split}") for split, table in tables.items()}
+    names: tuple[str, ...] = ()
+    if not task.regression:
+        train_labels: list[str] = splits["train"].labels  # type: ignore[assignment]
+        names = order_of(tables["train"], train_labels, f"{source}, train")
+    limits = {"train": settings.max_train_rows}
+    cut = {
+        split: rows.first(limits.get(split, settings.max_validation_rows))
+        for split, rows in splits.items()
+    }
+    return TaskData(task, cut, names, source, _sha256(paths))
+
+
+def _rows(task: Task, table: Dataset, where: str) -> Rows:
+    for column in (*task.texts, "label"):
+        if column not in table.column_names:
+            raise InputError(
+                f"{where}: no column {column!r}; the task has the columns "
+                f"{', '.join(task.texts)} and label"
+            )
+    texts = list(zip(*(table[column] for column in task.texts), strict=True))
+    for row, parts in enumerate(texts):
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(
+                f"{where}: row {row} has {parts} where a text belongs; mend or drop it"
+            )
+    labels = read_labels(table, where, task.regression)
+    if not task.regression and labels and isinstance(labels[0], float):
+        raise InputError(
+            f"{where}: labels are floats; {task.name} has classes, so give integers, "
+            "strings or a ClassLabel"
+        )
+    return Rows(texts, labels)
+
+
+def _sha256(paths: list[Path] | None) -> str | None:
+    if paths is None:
+        return None
+    return hashlib.sha256("".join(sha256_of(path) for path in paths).encode()).hexdigest()

@@ -1,0 +1,162 @@
+"""The library's Trainer, set up as GLUE papers fine-tune, and what it found epoch by epoch.
+
+AdamW (beta 0.9 and 0.999, eps 1e-6 as in BERT's own code), gradients clipped to norm 1, linear
+warm-up, then linear decay to zero; batches of like lengths, padded to their longest row.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from finetune.classifier import Classifier
+from finetune.scores import Scores, score
+from finetune.settings import TrainSettings
+from finetune.tasks import TaskData
+from potstill.errors import TrainingError
+
+LOGS_A_RUN = 50
+
+
+class StopWhenNotFinite(TrainerCallback):
+    """Ends a run whose loss is no number any more, before it costs further hours."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Called by the Trainer with every line that it logs."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {state.global_step}; lower --lr")
+
+
+def positive_index(data: TaskData, order: tuple[str, ...]) -> int:
+    """Where the class that F1 is about stands among the model's outputs."""
+    names = [name.casefold() for name in order]  # as labels are matched
+    if data.task.positive in names:
+        return names.index(data.task.positive)
+    return order.index(data.label_names[-1]) if order else 0
+
+
+def make_scorer(data: TaskData, order: tuple[str, ...]) -> Callable[[EvalPrediction], Scores]:
+    """The task's metrics as a function of logits (rows, outputs) and labels (rows,)."""
+    positive = positive_index(data, order)
+
+    def scorer(evaluated: EvalPrediction) -> Scores:
+        outputs = evaluated.predictions
+        logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
+        if not np.isfinite(logits).all():
+            raise TrainingError("the model's outputs are not finite; lower --lr")
+        predicted = logits.squeeze(-1) if data.task.regression else logits.argmax(-1)
+        return score(data.task.metrics, np.asarray(evaluated.label_ids), predicted, positive)
+
+    return scorer
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16; V100 and T4 only emulate it, slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def make_trainer(
+    classifier: Classifier,
+    encoded: Mapping[str, Dataset],
+    scorer: Callable[[EvalPrediction], Scores],
+    settings: TrainSettings,
+    output: Path,
+) -> Trainer:
+    """A Trainer over the encoded splits; it writes nothing into `output` by itself."""
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=max(settings.batch_size, 64),
+        num_train_epochs=settings.epochs,
+        seed=settings.seed,
+        warmup_steps=settings.warmup,  # below 1: a share of all updates
+        lr_scheduler_type="linear",
+        weight_decay=settings.weight_decay,
+        adam_epsilon=1e-6,
+        train_sampling_strategy="group_by_length",
+        use_cpu=not on_gpu,
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_bf16()),
+        dataloader_pin_memory=on_gpu,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1 / LOGS_A_RUN,
+        logging_nan_inf_filter=False,  # the filter would hide what StopWhenNotFinite looks for
+        report_to=[],
+    )
+    return Trainer(
+        model=classifier.model,
+        args=arguments,
+        train_dataset=encoded["train"],
+        eval_dataset={split: rows for split, rows in encoded.items() if split != "train"},
+        data_collator=DataCollatorWithPadding(classifier.tokenizer),
+        processing_class=classifier.tokenizer,
+        compute_metrics=scorer,
+        callbacks=[StopWhenNotFinite()],
+    )
+
+
+def fine_tune(trainer: Trainer, epochs: int) -> dict[str, float]:
+    """Train (0 epochs: only evaluate); returns seconds of training and of evaluation.
+
+    Raises:
+        TrainingError: the loss or the outputs are not finite.
+    """
+    start = time.perf_counter()
+    if epochs:
+        trainer.train()
+    else:
+        trainer.evaluate()
+    total = time.perf_counter() - start
+    evaluation = sum(
+        value
+        for line in trainer.state.log_history
+        for name, value in line.items()
+        if name.startswith("eval_") and name.endswith("_runtime")
+    )
+    return {"training": max(total - evaluation, 0.0) if epochs else 0.0, "evaluation": evaluation}
+
+
+def scores_by_epoch(trainer: Trainer, data: TaskData) -> dict[str, Any]:
+    """`epochs`: loss and scores of each validation split; `last` and `best` of them.
+
+    Best is the epoch with the highest main metric on the first validation split; of two equal
+    ones the earlier.
+    """
+    splits = [split for split in data.splits if split != "train"]
+    epochs: dict[int, dict[str, Any]] = {}
+    for line in trainer.state.log_history:
+        for split in splits:
+            if f"eval_{split}_loss" not in line:
+                continue
+            epoch = round(line.get("epoch") or 0)
+            entry = epochs.setdefault(
+                epoch, {"epoch": epoch, "step": line["step"], "loss": {}, "scores": {}}
+            )
+            entry["loss"][split] = line[f"eval_{split}_loss"]
+            entry["scores"][split] = {
+                name: line[f"eval_{split}_{name}"] for name in data.task.metrics
+            }
+    entries = list(epochs.values())
+    main = {"split": splits[0], "metric": data.task.metrics[0]}
+    best = max(entries, key=lambda entry: _rank(entry["scores"][main["split"]][main["metric"]]))
+    return {"main": main, "epochs": entries, "last": entries[-1], "best": best}
+
+
+def _rank(value: float | None) -> float:
+    return -math.inf if value is None else value

@@ -1,0 +1,1 @@
+"""Distillation at the pretraining stage: teacher, student, objectives, the trainer."""

@@ -1,0 +1,293 @@
+"""What a run is told: one frozen dataclass per concern, help beside every field.
+
+Values come from a preset (JSON), then from the command line, which wins. What DeepSpeed owns
+(batch sizes, precision, ZeRO, clipping) stands in the ds_config and nowhere here.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from potstill.errors import InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _check(right: bool, message: str) -> None:
+    if not right:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, and how they are masked."""
+
+    data: str | None = _help("Folder of shards, made by data_prep/shard.py.")
+    mlm_probability: float = _help(
+        "Share of tokens to mask; both models see the masked rows. 0: both see the plain text.",
+        0.15,
+    )
+    mask_whole_words: bool = _help("Choose whole words to mask, not single tokens.", False)
+    loader_workers: int = _help("Processes that prepare batches; 0: in the training process.", 0)
+    check_shards: bool = _help(
+        "Compare every shard with its checksum before training; ranks share the work.", True
+    )
+
+    def __post_init__(self) -> None:
+        _check(bool(self.data), "--data is missing: give a folder of shards (data_prep/shard.py)")
+        _check(
+            0 <= self.mlm_probability < 1,
+            f"--mlm_probability {self.mlm_probability} must be at least 0 and below 1",
+        )
+        _check(self.loader_workers >= 0, f"--loader_workers {self.loader_workers} is negative")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Whom to learn from."""
+
+    teacher: str | None = _help("Teacher: a Hugging Face folder or hub name. Not for mlm alone.")
+    revision: str | None = _help("Branch, tag or commit of a teacher on the hub.")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student's shape, and where it starts."""
+
+    student: str | None = _help("Start from this Hugging Face folder instead of building one.")
+    student_layers: int | None = _help("Layers. Default: half of the teacher's.")
+    student_hidden: int | None = _help("Hidden size. Default: the teacher's.")
+    student_ffn: int | None = _help("Feed-forward size. Default: in the teacher's proportion.")
+    student_heads: int | None = _help("Attention heads. Default: the teacher's.")
+    init: str = _help(
+        "Which teacher layers it starts from: random, first, last, uniform, alternate, or a list "
+        "such as 1,8,12.",
+        "random",
+    )
+    dropout: float | None = _help("Dropout probability everywhere. Default: the model's own.")
+
+    def __post_init__(self) -> None:
+        sizes = {n: getattr(self, n) for n in ("student_layers", *_WIDTHS)}
+        for name, value in sizes.items():
+            _check(value is None or value > 0, f"--{name} {value} must be positive")
+        given = [f"--{name}" for name, value in sizes.items() if value is not None]
+        _check(
+            not (self.student and given),
+            f"--student is a finished model; {', '.join(given)} cannot change its shape",
+        )
+        _check(
+            not (self.student and self.init != "random"),
+            f"--student is a finished model; --init {self.init} would overwrite it",
+        )
+        _check(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"--dropout {self.dropout} must be at least 0 and below 1",
+        )
+
+
+_WIDTHS = ("student_hidden", "student_ffn", "student_heads")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What to learn."""
+
+    objective: str | None = _help(
+        "A name or a weighted sum: att-mse, att-kl+val-kl, '0.5*kd+mlm+hid-seq'. Names: mlm, kd, "
+        "vanilla-kd, hid-cls, hid-seq, att-mse, att-kl, val-kl."
+    )
+    layers: str = _help(
+        "Which student layer learns from which teacher layer: last, uniform, or S:T,S:T.", "last"
+    )
+    projection: Literal["auto", "always", "none"] = _help(
+        "Learned map from the student's to the teacher's width under hid-*: auto puts one only "
+        "where widths differ.",
+        "auto",
+    )
+    kd_temperature: float = _help("Temperature of kd.", 1.0)
+    kd_positions: Literal["masked", "all"] = _help(
+        "Where kd compares predictions: masked, or all valid tokens.", "masked"
+    )
+
+    def __post_init__(self) -> None:
+        _check(bool(self.objective), "--objective is missing: for example att-mse")
+        _check(self.kd_temperature > 0, f"--kd_temperature {self.kd_temperature} must be positive")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and the optimiser (AdamW) where the ds_config names none."""
+
+    max_steps: int | None = _help("Optimiser steps of the run; 0 only validates.")
+    max_hours: float | None = _help("Stop after so many hours of training.")
+    schedule: Literal["step", "time"] = _help(
+        "Warm-up and decay over steps, or over the time budget --max_hours.", "step"
+    )
+    warmup: float = _help("Share of the run in which the learning rate rises linearly.", 0.06)
+    lr: float = _help("Peak learning rate; 1e-3 diverged in the ACL paper.", 5e-4)
+    adam_beta1: float = _help("AdamW's first beta.", 0.9)
+    adam_beta2: float = _help("AdamW's second beta.", 0.98)
+    adam_eps: float = _help("AdamW's epsilon.", 1e-6)
+    weight_decay: float = _help("Weight decay; never on biases and layer norms.", 0.01)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_steps is not None or self.max_hours is not None,
+            "the run has no end: give --max_steps or --max_hours",
+        )
+        _check(
+            self.max_steps is None or self.max_steps >= 0,
+            f"--max_steps {self.max_steps} is negative",
+        )
+        _check(
+            self.max_hours is None or self.max_hours > 0,
+            f"--max_hours {self.max_hours} must be positive",
+        )
+        _check(
+            self.schedule == "step" or self.max_hours is not None,
+            "--schedule time needs a time budget: give --max_hours",
+        )
+        _check(
+            self.schedule == "time" or self.max_steps is not None,
+            "--schedule step needs --max_steps; with only --max_hours use --schedule time",
+        )
+        _check(0 <= self.warmup < 1, f"--warmup {self.warmup} must be at least 0 and below 1")
+        _check(self.lr > 0, f"--lr {self.lr} must be positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run's folder, and what is written when."""
+
+    output: str | None = _help("Folder of the run; the same command again continues it.")
+    ds_config: str | None = _help("DeepSpeed config, see ds_configs/README.md.")
+    preset: str | None = _help("A paper's recipe: a name in pretrain/presets, or a JSON file.")
+    seed: int = _help("Order of rows, masks, dropout and fresh weights.", 0)
+    validate_every: int = _help("Steps between validations; 0: only at the start and end.", 0)
+    validation_rows: int | None = _help("Validate on the first so many rows. Default: all.")
+    save_every: int = _help("Steps between checkpoints; 0: only at the end.", 0)
+    keep_checkpoints: int = _help("How many checkpoints to keep.", 2)
+    log_every: int = _help("Steps between lines in metrics.jsonl.", 10)
+    finetune_markers: str | None = _help(
+        "Export the student on the way, at these shares of the run: 0.1,0.5."
+    )
+    resume: str = _help(
+        "auto: from the newest whole checkpoint of --output, if any; never: refuse a folder that "
+        "has one; or the path of a checkpoint.",
+        "auto",
+    )
+    attention: Literal["auto", "sdpa", "plain"] = _help("Attention backend.", "auto")
+    dry_run: bool = _help("Print the plan, train two steps, write nothing.", False)
+    local_rank: int = _help("Set by the launcher.", -1)
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output), "--output is missing: the folder of the run")
+        _check(bool(self.ds_config), "--ds_config is missing: for example ds_configs/cpu.json")
+        for name in ("validate_every", "save_every"):
+            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} is negative")
+        for name in ("log_every", "keep_checkpoints", "validation_rows"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"--{name} {value} must be positive")
+        _check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
+        self.markers()
+
+    def markers(self) -> list[float]:
+        """Shares of the run at which students are exported, ascending."""
+        try:
+            shares = sorted(
+                float(part) for part in (self.finetune_markers or "").split(",") if part
+            )
+        except ValueError:
+            shares = [-1.0]
+        _check(
+            all(0 < share < 1 for share in shares),
+            f"--finetune_markers {self.finetune_markers!r} must be shares between 0 and 1: 0.1,0.5",
+        )
+        return shares
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is told, by concern."""
+
+    data: DataConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    objective: ObjectiveConfig
+    schedule: ScheduleConfig
+    run: RunConfig
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make it this run and no other; a resumed run must agree in them."""
+        free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
+        free |= {"validate_every", "loader_workers", "check_shards", "preset", "output"}
+        free |= {"ds_config", "validation_rows"}
+        settings = {k: v for part in asdict(self).values() for k, v in part.items()}
+        return {name: value for name, value in settings.items() if name not in free}
+
+
+PARTS: tuple[Any, ...] = tuple(part.type for part in fields(Config))
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> Config:
+    """Parse the command line, on top of a preset if it names one.
+
+    Raises:
+        InputError: values that no run can have, unknown flags, or an unknown key in the preset.
+        SystemExit: malformed values (status 2), or `--help` (status 0).
+    """
+    parser = HfArgumentParser(
+        PARTS,
+        prog="run.py",
+        description="Distil a student from a teacher on shards of text, with DeepSpeed.",
+        epilog="Example: deepspeed pretrain/run.py --ds_config ds_configs/zero1_bf16.json "
+        "--data shards --teacher google-bert/bert-base-uncased --student_layers 6 "
+        "--objective att-mse --max_steps 100000 --output runs/att-mse",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset:
+        known = {f.name for part in PARTS for f in fields(part)} - {"preset", "local_rank"}
+        parser.set_defaults(**read_preset(preset, known))
+    *parts, unknown = parser.parse_args_into_dataclasses(
+        args=arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise InputError(f"unknown flags: {' '.join(unknown)}; --help lists all there are")
+    return Config(*parts)
+
+
+def read_preset(name_or_file: str, known: set[str]) -> dict[str, Any]:
+    """The settings of a preset: `{"about": …, "settings": {flag: value}}`.
+
+    Raises:
+        InputError: no such preset, malformed, or keys that are no flags.
+    """
+    path = Path(name_or_file)
+    if not name_or_file.endswith(".json"):
+        path = PRESETS / f"{name_or_file}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
+        raise InputError(f"--preset {name_or_file}: not found; presets are {names}, or give a file")
+    try:
+        settings = json.loads(path.read_text())["settings"]
+        unknown = set(settings) - known
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'--preset {path}: not a preset ({error!r}); it is {{"about": …, "settings": {{…}}}}'
+        ) from error
+    if unknown:
+        raise InputError(f"--preset {path}: unknown settings {', '.join(sorted(unknown))}")
+    return settings

@@ -1,0 +1,164 @@
+"""The student as a Hugging Face folder: weights, tokenizer, model card, and a check of it all."""
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
+from transformers import AutoModelForMaskedLM
+
+from data_prep.shard_format import TOKENIZER_FOLDER
+from potstill.console import is_main_rank
+from potstill.errors import TrainingError
+from potstill.files import whole_folder, write_json, write_text
+from pretrain.attention import Attention
+from pretrain.batches import Batch
+from pretrain.encoder import encode
+from pretrain.features import Feature
+from pretrain.models import UNTRAINED
+from pretrain.step import Distillation
+
+LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
+"""Between logits before and after an export, by the trainer's precision; seen is 0 in float32."""
+
+
+def full_weights(
+    module: Distillation, optimizer: Any, frozen: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The student's weights in float32 on the CPU, by name; all ranks call it.
+
+    Under half precision they are the optimiser's master weights, and what was never trained is
+    as it was before it was rounded. Under ZeRO-3 the parts of all ranks are gathered.
+    """
+    weights, masters = {}, _masters_without_zero(optimizer)
+    for name, parameter in module.student.named_parameters():
+        if name in frozen:
+            weights[name] = frozen[name]
+            continue
+        master = masters.get(id(parameter))
+        if master is None:
+            master = safe_get_full_fp32_param(parameter)
+        if master is None:
+            assert parameter.dtype == torch.float32, f"no master weights of {name}"
+            master = parameter
+        weights[name] = master.detach().float().cpu().clone()
+    return weights
+
+
+def _masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
+    """Master weights by their half-precision parameter's id, under half precision without ZeRO.
+
+    DeepSpeed's `safe_get_full_fp32_param` knows those of its ZeRO optimisers only.
+    """
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        masters = optimizer.fp32_groups
+    elif isinstance(optimizer, FP16_Optimizer):
+        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        masters = [_unflatten_dense_tensors(whole, group) for whole, group in flat]
+    else:
+        return {}
+    return {
+        id(half): master
+        for half_group, master_group in zip(optimizer.fp16_groups, masters, strict=True)
+        for half, master in zip(half_group, master_group, strict=True)
+    }
+
+
+def export_student(
+    engine: Any,
+    frozen: Mapping[str, Tensor],
+    untrained: list[str],
+    facts: Mapping[str, Any],
+    shards: Path,
+    folder: Path,
+    probe: Batch,
+) -> float | None:
+    """Write the student to `folder`, atomically, open it again and compare logits.
+
+    Args:
+        frozen, untrained: from `freeze_unreached`. facts: rows of the model card, in order.
+        shards: whose tokenizer goes along. probe: a few rows for the comparison.
+
+    Returns:
+        The largest absolute difference between the logits of the trainer's student and of the
+        reopened folder in the trainer's precision; None on ranks other than 0.
+
+    Raises:
+        TrainingError: they differ by more than rounding explains.
+    """
+    module: Distillation = engine.module
+    probe = probe.to(engine.device)
+    was_training = [m for m in module.modules() if m.training]
+    module.eval()
+    ours = module.logits(probe)
+    for part in was_training:
+        part.training = True
+    weights = full_weights(module, engine.optimizer, frozen)
+    if not is_main_rank():
+        return None
+    with whole_folder(folder) as beside:
+        _write_model(module.student, weights, untrained, beside)
+        shutil.copytree(shards / TOKENIZER_FOLDER, beside, dirs_exist_ok=True)
+        write_text(beside / "README.md", _card_text(facts, untrained))
+        write_json(beside / "potstill.json", {**facts, "untrained": untrained})
+    difference = _difference(folder, ours, probe, module.attention)
+    largest = LARGEST_DIFFERENCE[ours.dtype]
+    if not difference <= largest:
+        raise TrainingError(
+            f"{folder}: the exported student's logits differ from the trainer's by {difference}, "
+            f"more than {largest}; do not use it. The checkpoints are unharmed"
+        )
+    return difference
+
+
+def _write_model(
+    student: nn.Module, weights: Mapping[str, Tensor], untrained: list[str], folder: Path
+) -> None:
+    config = copy.deepcopy(student.config)
+    setattr(config, UNTRAINED, untrained)
+    config.dtype = torch.float32
+    model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    parameters = {name for name, _ in model.named_parameters()}
+    assert not unexpected and not parameters & set(missing), (missing, unexpected)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _difference(folder: Path, ours: Tensor, probe: Batch, attention: Attention) -> float:
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device=ours.device, dtype=ours.dtype).eval()
+    feature = Feature("logits", "all")
+    reopened = encode(model, probe, frozenset({feature}), attention)[feature]
+    return float((reopened.float() - ours.float()).abs().max())
+
+
+def _card_text(facts: Mapping[str, Any], untrained: list[str]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    parts = ", ".join(f"`{part}`" for part in untrained) or "none"
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [potstill, distillation]
+---
+
+# {facts["name"]}
+
+A general student encoder, distilled at the pretraining stage with Potstill; fine-tune it like its
+teacher. It opens with `AutoModelForMaskedLM` or any `AutoModelFor…` class.
+
+| | |
+|---|---|
+{rows}
+
+Parts that no objective trained (they are as initialised): {parts}.
+Where the MLM head is among them, fill-mask gives nothing of worth.
+"""

@@ -1,0 +1,60 @@
+"""metrics.jsonl: what a run measured, one JSON object a line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.console import is_main_rank
+from potstill.files import write_text
+
+
+class Metrics:
+    """Appends lines on rank 0, and mirrors numbers to DeepSpeed's monitor.
+
+    Args:
+        path: the file; None writes nothing (a dry run).
+        monitor: the engine's `MonitorMaster` (TensorBoard, W&B, CSV by the ds_config).
+    """
+
+    def __init__(self, path: Path | None, monitor: Any = None) -> None:
+        self.path = path if is_main_rank() else None
+        self.monitor = monitor
+
+    def cut_behind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, and a torn last line: a resume repeats them."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                break
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line of `kind` train, validation or event, and flush it to the disk."""
+        if self.path is None:
+            return
+        line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=True)
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.monitor is not None and self.monitor.enabled and kind != "event":
+            self.monitor.write_events(
+                [(f"{kind}/{name}", value, step) for name, value in _numbers(values)]
+            )
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    flat = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat.append((prefix + name, float(value)))
+    return flat

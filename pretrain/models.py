@@ -1,0 +1,168 @@
+"""Hugging Face encoders: which are supported, their shape, loading them, what they lack."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from potstill.errors import InputError
+
+HEADS = {
+    "bert": ("cls",),
+    "roberta": ("lm_head",),
+    "xlm-roberta": ("lm_head",),
+    "camembert": ("lm_head",),
+    "electra": ("generator_predictions", "generator_lm_head"),
+}
+"""Supported `model_type`s, and the modules that make up the MLM head of each."""
+
+UNTRAINED = "potstill_untrained"
+"""Key of an exported config.json: the parts that no objective ever trained."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an encoder: M (or N), D, H, feed-forward, V, longest L."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocab: int
+    positions: int
+    embedding: int
+    """Width of the embeddings; differs from `hidden` only in ELECTRA-shaped models."""
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, d."""
+        return self.hidden // self.heads
+
+
+def shape_of(config: Any) -> Shape:
+    """The shape in a Hugging Face config. Positions exclude RoBERTa's offset."""
+    offset = config.pad_token_id + 1 if HEADS[config.model_type] == ("lm_head",) else 0
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        positions=config.max_position_embeddings - offset,
+        embedding=getattr(config, "embedding_size", config.hidden_size),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded encoder.
+
+    Attributes:
+        model: with an MLM head, random where the checkpoint has none.
+        shape: its sizes.
+        trained_head: whether the MLM head came, trained, with the checkpoint.
+        source: the folder or hub name.
+    """
+
+    model: nn.Module
+    shape: Shape
+    trained_head: bool
+    source: str
+
+
+def load_config(source: str, flag: str, revision: str | None = None) -> Any:
+    """The config of a supported encoder in a folder or on the hub.
+
+    Raises:
+        InputError: nothing there, unreadable, or an architecture that we cannot walk.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{flag} {source}: no readable model config there ({_first_line(error)}); give a "
+            "folder with config.json and model.safetensors, or a name on the hub"
+        ) from error
+    if config.model_type not in HEADS:
+        raise InputError(
+            f"{flag} {source}: model type {config.model_type!r} is not supported; "
+            f"supported are {', '.join(HEADS)}"
+        )
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise InputError(
+            f"{flag} {source}: position_embedding_type {config.position_embedding_type!r} is not "
+            "supported, only 'absolute'"
+        )
+    if getattr(config, "is_decoder", False):
+        raise InputError(f"{flag} {source}: is_decoder is set, but only encoders are supported")
+    return config
+
+
+def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder:
+    """Load an encoder in float32 on the CPU, never running code from the checkpoint.
+
+    Args:
+        source: a folder, or a name on the hub. flag: the user's flag, for messages.
+
+    Raises:
+        InputError: missing, unreadable or unsupported, or weights of the encoder are missing.
+    """
+    config = load_config(source, flag, revision)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports a missing head as if it were a fault
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        raise InputError(
+            f"{flag} {source}: the weights cannot be read ({_first_line(error)}); fetch them again"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = set(report["missing_keys"])
+    lost = {name for name in missing if name.split(".")[0] not in HEADS[config.model_type]}
+    if lost:
+        raise InputError(
+            f"{flag} {source}: {len(lost)} weights of the encoder are missing, for example "
+            f"{min(lost)}; is it a checkpoint of a {config.model_type} model?"
+        )
+    trained = not missing and not has_untrained_head(config)
+    return Encoder(model, shape_of(config), trained, source)
+
+
+def has_untrained_head(config: Any) -> bool:
+    """Whether an exported student's config says that its MLM head was never trained."""
+    parts = getattr(config, UNTRAINED, None) or []
+    return any(part.split(".")[0] in HEADS[config.model_type] for part in parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_local(source: str, flag: str) -> None:
+    """Refuse what looks like a path and does not exist, before the hub is asked for it.
+
+    Raises:
+        InputError: a missing folder.
+    """
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise InputError(f"{flag} {source}: there is no such folder")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradients, evaluation mode: a teacher."""
+    return model.requires_grad_(False).eval()

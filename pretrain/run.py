@@ -1,0 +1,33 @@
+"""Distil a student from a teacher (or pretrain one with `--objective mlm`).
+
+deepspeed pretrain/run.py --ds_config ds_configs/zero1_bf16.json --data shards \\
+    --teacher google-bert/bert-base-uncased --student_layers 6 --objective att-mse \\
+    --max_steps 100000 --output runs/att-mse
+
+Parse, check, build, train; nothing else.
+"""
+
+from potstill.console import program, say
+from pretrain.config import parse_config
+from pretrain.engine import build_run, finish, start_ranks
+from pretrain.loop import Loop
+from pretrain.plan import is_finished, make_plan, show_plan
+
+
+@program
+def main() -> None:
+    """The program; see the module's docstring."""
+    config = parse_config()
+    device = start_ranks()
+    plan = make_plan(config)
+    show_plan(plan, device)
+    if is_finished(plan):
+        say(f"finished already: {config.run.output}/student")
+        return
+    loop = Loop(*build_run(plan, device))
+    loop.train()
+    finish(loop, plan)
+
+
+if __name__ == "__main__":
+    main()

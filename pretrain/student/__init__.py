@@ -1,0 +1,1 @@
+"""How a student is made: its shape, the teacher layers it starts from, its projections."""

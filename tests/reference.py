@@ -1,0 +1,140 @@
+"""The objectives once more, slowly: float64 loops over sequences, heads and positions.
+
+Written from the formulas of the papers (ACL 2023, sections 2 and 3; MiniLM, section 3), not from
+the code of `pretrain.objectives`, which is tested against them. Only scalars and single vectors
+are ever added up here: no batched product, no mask, no broadcasting over a sequence. Inputs keep
+their autograd graph, so that gradients can be compared as well.
+
+Shapes: hidden (B, L, D); query, key, value (B, H, L, d); logits (P, V). `lengths` counts the real
+tokens of each sequence; padding stands behind them. Every function gives a float64 scalar.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of two vectors."""
+    return (left.double() * right.double()).sum()
+
+
+def log_softmax(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """log(e^x_i / sum_j e^x_j) of a list of scalars."""
+    highest = max(float(number.detach()) for number in numbers)
+    total = torch.stack([torch.exp(number - highest) for number in numbers]).sum()
+    return [number - highest - torch.log(total) for number in numbers]
+
+
+def mean(numbers: Sequence[Tensor]) -> Tensor:
+    """Arithmetic mean of a list of scalars."""
+    return torch.stack(list(numbers)).sum() / len(numbers)
+
+
+def mlm(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(original token), mean over masked positions. Logits (P, V), labels (P,)."""
+    losses = []
+    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+        losses.append(-log_softmax(list(row))[label])
+    return mean(losses)
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """CE(softmax(z^T/t), log_softmax(z^S/t)) * t^2, mean over positions. Logits (P, V)."""
+    losses = []
+    for own, other in zip(student.double(), teacher.double(), strict=True):
+        own_log = log_softmax([z / temperature for z in own])
+        other_log = log_softmax([z / temperature for z in other])
+        entropies = [-torch.exp(q) * p for p, q in zip(own_log, other_log, strict=True)]
+        losses.append(torch.stack(entropies).sum() * temperature**2)
+    return mean(losses)
+
+
+def vanilla_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """`kd` plus `mlm`, both at the masked positions."""
+    return kd(student, teacher) + mlm(student, labels)
+
+
+def mapped(vector: Tensor, weight: Tensor | None) -> Tensor:
+    """h W, one output at a time; W is (student width, teacher width), None for the identity."""
+    if weight is None:
+        return vector.double()
+    return torch.stack([dot(vector, weight[:, column]) for column in range(weight.shape[1])])
+
+
+def hid_cls(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared error of the first token's hidden state, mean over sequences and dimensions."""
+    errors = []
+    for own, other in zip(student, teacher, strict=True):
+        difference = mapped(own[0], weight) - other[0].double()
+        errors += [component**2 for component in difference]
+    return mean(errors)
+
+
+def hid_seq(
+    student: Tensor, teacher: Tensor, lengths: Sequence[int], weight: Tensor | None = None
+) -> Tensor:
+    """Squared error of hidden states, mean over real tokens and dimensions."""
+    errors = []
+    for own, other, length in zip(student, teacher, lengths, strict=True):
+        for position in range(length):
+            difference = mapped(own[position], weight) - other[position].double()
+            errors += [component**2 for component in difference]
+    return mean(errors)
+
+
+def scores(left: Tensor, right: Tensor, length: int) -> list[list[Tensor]]:
+    """<left_i, right_j> / sqrt(d) for the real positions i, j of one head, (L, d) each."""
+    scale = math.sqrt(left.shape[-1])
+    return [[dot(left[i], right[j]) / scale for j in range(length)] for i in range(length)]
+
+
+def att_mse(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """Squared error of attention scores before the softmax. Each model gives (query, key).
+
+    Mean over heads and over the pairs of a real query and a real key.
+    """
+    errors = []
+    for sequence, length in enumerate(lengths):
+        for head in range(student[0].shape[1]):
+            own = scores(student[0][sequence, head], student[1][sequence, head], length)
+            other = scores(teacher[0][sequence, head], teacher[1][sequence, head], length)
+            for i in range(length):
+                for j in range(length):
+                    errors.append((own[i][j] - other[i][j]) ** 2)
+    return mean(errors)
+
+
+def relation_kl(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """KL(softmax(teacher's scores) || softmax(student's)), softmax over the real keys.
+
+    Mean over heads and real queries. Each model gives the two sides of the score.
+    """
+    divergences = []
+    for sequence, length in enumerate(lengths):
+        for head in range(student[0].shape[1]):
+            own = scores(student[0][sequence, head], student[1][sequence, head], length)
+            other = scores(teacher[0][sequence, head], teacher[1][sequence, head], length)
+            for i in range(length):
+                p, q = log_softmax(other[i]), log_softmax(own[i])
+                terms = [torch.exp(a) * (a - b) for a, b in zip(p, q, strict=True)]
+                divergences.append(torch.stack(terms).sum())
+    return mean(divergences)
+
+
+def att_kl(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """KL of attention distributions. Each model gives (query, key)."""
+    return relation_kl(student, teacher, lengths)
+
+
+def val_kl(student: Tensor, teacher: Tensor, lengths: Sequence[int]) -> Tensor:
+    """KL of value relations: scores <v_i, v_j> / sqrt(d) (MiniLM). Each model gives its values."""
+    return relation_kl((student, student), (teacher, teacher), lengths)
