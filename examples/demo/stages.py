@@ -60,20 +60,28 @@ class Pipeline:
         Raises:
             PotstillError: the command failed.
         """
-        record = self._record(stage)
-        say(f"\n== {stage.title}\n$ {stage.shown}")
-        if record is None:
-            record = {"command": stage.shown, "seconds": _execute(stage)}
-            write_json(self.folder / f"{stage.name}.json", record)
-            say(f"({record['seconds']:.0f} s)")
-        else:
-            say("(done already)")
-        self.records[stage.name] = record
+        self.records[stage.name] = self._done(stage)
 
     def run_together(self, stages: Sequence[Stage], workers: int) -> None:
-        """Run stages that do not need each other, several at a time."""
+        """Run stages that do not need each other, several at a time.
+
+        Their records stand in the order of `stages`, whichever ends first.
+        """
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self.run, stages))
+            for stage, record in zip(stages, pool.map(self._done, stages), strict=True):
+                self.records[stage.name] = record
+
+    def _done(self, stage: Stage) -> dict[str, Any]:
+        """The record of a stage that has run, now or before."""
+        record = self._record(stage)
+        say(f"\n== {stage.title}\n$ {stage.shown}")
+        if record is not None:
+            say("(done already)")
+            return record
+        record = {"command": stage.shown, "seconds": _execute(stage)}
+        write_json(self.folder / f"{stage.name}.json", record)
+        say(f"({record['seconds']:.0f} s)")
+        return record
 
     def _record(self, stage: Stage) -> dict[str, Any] | None:
         path = self.folder / f"{stage.name}.json"
