@@ -4,7 +4,8 @@
         --output runs/finetune
 
 Every model gets the same settings per task (`SETTINGS`), one seed, no grid; the score is that of
-the last epoch. Finished runs are kept when the same command is given again.
+the last epoch. Finished runs are kept when the same command is given again. Several runs go side
+by side, each on its share of the cores (`--workers`).
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,23 +23,33 @@ from finetune.results import read_result
 from potstill.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ["--lr", "5e-5", "--batch_size", "32"]
 SETTINGS: dict[str, list[str]] = {
-    "mrpc": [*COMMON, "--epochs", "3"],
-    "rte": [*COMMON, "--epochs", "3"],
-    "sst2": [*COMMON, "--epochs", "1", "--max_train_rows", "10000"],
-    "cola": [*COMMON, "--epochs", "2"],
-}
+    "sst2": ["--lr", "5e-5", "--batch_size", "32", "--epochs", "1"],
+    "mrpc": ["--lr", "5e-5", "--batch_size", "16", "--epochs", "5"],
+    "rte": ["--lr", "5e-5", "--batch_size", "16", "--epochs", "5"],
+    "cola": ["--lr", "5e-5", "--batch_size", "16", "--epochs", "5"],
+}  # the longest first
 
 
-def fine_tune(name: str, model: Path, task: str, data: Path, output: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Study:
+    """What all runs share."""
+
+    data: Path
+    output: Path
+    precision: str
+    threads: int
+
+
+def fine_tune(name: str, model: Path, task: str, study: Study) -> dict[str, Any]:
     """One run through the program itself; its result."""
-    folder = output / name / task
+    folder = study.output / name / task
     command = [sys.executable, "finetune/run.py", "--model", str(model), "--task", task]
-    command += ["--data", str(data), *SETTINGS[task], "--save_model", "false"]
-    command += ["--output", str(folder)]
+    command += ["--data", str(study.data), *SETTINGS[task], "--save_model", "false"]
+    command += ["--precision", study.precision, "--output", str(folder)]
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    threads = {"OMP_NUM_THREADS": str(study.threads)}
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | threads)
     result = read_result(folder)
     assert result is not None
     return without_paths(result)
@@ -46,7 +59,7 @@ def without_paths(result: dict[str, Any]) -> dict[str, Any]:
     """What of a result holds anywhere: nothing that names a folder of this machine."""
     local = ("model", "source", "potstill")
     kept = {name: value for name, value in result.items() if name not in local}
-    settings = ("lr", "batch_size", "epochs", "seed", "max_length", "max_train_rows")
+    settings = ("lr", "batch_size", "epochs", "seed", "max_length", "precision")
     kept["settings"] = {name: result["settings"][name] for name in settings}
     kept["environment"] = {n: v for n, v in result["environment"].items() if n != "command"}
     return kept
@@ -54,8 +67,9 @@ def without_paths(result: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Scores in per cent as Markdown, a row per task, metric and model."""
-    rows = ["| task | metric | majority | " + " | ".join(results) + " | rows | epochs |"]
-    rows.append("|---|---|---:|" + "---:|" * len(results) + "---:|---:|")
+    names = " | ".join(results)
+    rows = [f"| task | metric | majority | {names} | rows | epochs | batch |"]
+    rows.append("|---|---|---:|" + "---:|" * (len(results) + 3))
     first = next(iter(results.values()))
     for task, result in first.items():
         for metric, constant in result["majority"]["validation"].items():
@@ -63,10 +77,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
                 percent(of_model[task]["last"]["scores"]["validation"][metric])
                 for of_model in results.values()
             ]
-            epochs = result["settings"]["epochs"]
+            settings = result["settings"]
             rows.append(
                 f"| {task} | {metric} | {percent(constant)} | {' | '.join(scores)} "
-                f"| {result['rows']['train']:,} | {epochs} |"
+                f"| {result['rows']['train']:,} | {settings['epochs']} | {settings['batch_size']} |"
             )
     return "\n".join(rows)
 
@@ -91,15 +105,23 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(SETTINGS))
     parser.add_argument("--data", type=Path, default=data / "glue")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--json", action="store_true", help="print the numbers instead")
     chosen = parser.parse_args()
     models = {"teacher": _packaged_teacher()}
     models.update((name, Path(folder)) for name, folder in (m.split("=") for m in chosen.model))
-    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in models}
-    for task in chosen.tasks.split(","):
-        for name, model in models.items():
-            results[name][task] = fine_tune(name, model, task, chosen.data, chosen.output)
+    threads = max(1, (os.cpu_count() or 1) // chosen.workers)
+    study = Study(chosen.data, chosen.output, chosen.precision, threads)
+    tasks = chosen.tasks.split(",")
+    with ThreadPoolExecutor(chosen.workers) as pool:
+        pending = {
+            (name, task): pool.submit(fine_tune, name, model, task, study)
+            for task in tasks
+            for name, model in models.items()
+        }
+        results = {name: {task: pending[name, task].result() for task in tasks} for name in models}
     report = {"date": datetime.now(UTC).date().isoformat(), "results": results}
     write_json(chosen.results / "finetune-study.json", report)
     write_text(chosen.results / "finetune-study.md", table(results) + "\n")
