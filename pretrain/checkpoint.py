@@ -7,6 +7,7 @@ Order, masks and dropout are pure functions of the step, so no random state need
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class Progress:
     validated: int = -1
 
 
-def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int) -> Path:
-    """Save engine and progress; all ranks call it. The newest `keep` checkpoints stay."""
+def save_checkpoint(engine: Any, folder: Path, progress: Progress) -> Path:
+    """Save engine and progress; all ranks call it."""
     name = f"step-{progress.step:08d}"
     whole = folder / name in whole_checkpoints(folder)
     dist.barrier()
@@ -52,10 +53,14 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int) ->
     dist.barrier()
     if is_main_rank():
         _mark(folder / name, progress)
-        for old in whole_checkpoints(folder)[:-keep]:
-            (old / MARK).unlink()  # first: what is left half deleted is not whole
-            shutil.rmtree(old)
     return folder / name
+
+
+def remove_checkpoints(old: Sequence[Path]) -> None:
+    """Remove checkpoints; rank 0 does it."""
+    for checkpoint in old if is_main_rank() else ():
+        (checkpoint / MARK).unlink()  # first: what is left half deleted is not whole
+        shutil.rmtree(checkpoint)
 
 
 def _mark(checkpoint: Path, progress: Progress) -> None:

@@ -14,6 +14,15 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from potstill.errors import InputError
+from pretrain.objectives import (
+    OBJECTIVES,
+    SUMS,
+    LayerPair,
+    Settings,
+    defaults_of,
+    parse_relations,
+)
+from pretrain.objectives.prediction import chunk_logits
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -74,6 +83,13 @@ class StudentConfig:
         "random",
     )
     dropout: float | None = _help("Dropout probability everywhere. Default: the model's own.")
+    freeze: Literal["encoder"] | None = _help(
+        "encoder: train nothing but the MLM head on top of --student or --init, its decoder being "
+        "tied to the frozen embeddings."
+    )
+    student_seed: int | None = _help(
+        "Seed of the student's fresh weights and of its dropout. Default: --seed."
+    )
 
     def __post_init__(self) -> None:
         sizes = {n: getattr(self, n) for n in ("student_layers", *_WIDTHS)}
@@ -92,6 +108,15 @@ class StudentConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"--dropout {self.dropout} must be at least 0 and below 1",
         )
+        _check(
+            not (self.freeze and not self.student and self.init == "random"),
+            f"--freeze {self.freeze} would keep a random encoder as it is; start from --student, "
+            "or from teacher layers (--init)",
+        )
+        _check(
+            self.student_seed is None or 0 <= self.student_seed < 2**63,
+            f"--student_seed {self.student_seed} must lie in 0 … 2^63 - 1",
+        )
 
 
 _WIDTHS = ("student_hidden", "student_ffn", "student_heads")
@@ -102,25 +127,80 @@ class ObjectiveConfig:
     """What to learn."""
 
     objective: str | None = _help(
-        "A name or a weighted sum: att-mse, att-kl+val-kl, '0.5*kd+mlm+hid-seq'. Names: mlm, kd, "
-        "vanilla-kd, hid-cls, hid-seq, att-mse, att-kl, val-kl."
+        "A name or a weighted sum: att-mse, att-kl+val-kl, '0.5*kd+mlm+hid-seq'; '1:0*kd+mlm' lets "
+        f"a weight go from 1 to 0 over the run. Names: {', '.join([*OBJECTIVES, *SUMS])}, or "
+        "module.path:Class of your own."
     )
-    layers: str = _help(
-        "Which student layer learns from which teacher layer: last, uniform, or S:T,S:T.", "last"
+    layers: str | None = _help(
+        "Which student layer learns from which teacher layer: last, uniform, or S:T,S:T. Default: "
+        "uniform under tinybert, otherwise last."
     )
     projection: Literal["auto", "always", "none"] = _help(
-        "Learned map from the student's to the teacher's width under hid-*: auto puts one only "
-        "where widths differ.",
+        "Learned map from the student's to the teacher's width under hid-seq, hid-cls, emb and "
+        "cos: auto puts one only where widths differ.",
         "auto",
     )
-    kd_temperature: float = _help("Temperature of kd.", 1.0)
-    kd_positions: Literal["masked", "all"] = _help(
-        "Where kd compares predictions: masked, or all valid tokens.", "masked"
+    kd_temperature: float | None = _help(
+        "Temperature of kd. Default: 2 under distilbert, otherwise 1."
+    )
+    kd_positions: Literal["masked", "all"] | None = _help(
+        "Where kd compares predictions: masked, or all valid tokens. Default: all under "
+        "distilbert, otherwise masked."
+    )
+    relation_heads: int = _help(
+        "Heads that minilmv2 cuts both models' projections into; must divide both widths.", 48
+    )
+    relations: str = _help(
+        "What minilmv2 compares: pairs of q, k, v with weights, which are divided by their sum.",
+        "q-q+k-k+v-v",
+    )
+    contrast_negatives: int = _help(
+        "Earlier teacher vectors that hid-cls-contrast keeps as negatives.", 4096
+    )
+    contrast_temperature: float = _help("Temperature of hid-cls-contrast.", 0.07)
+    contrast_width: int = _help("Width of the space in which it compares vectors.", 128)
+    loss_form: Literal["auto", "plain", "lean"] = _help(
+        "How losses on attention and kd are computed: plain, or lean in memory, without L x L and "
+        "tokens x V tensors, which is slower where these are small; both are exact.",
+        "auto",
     )
 
     def __post_init__(self) -> None:
-        _check(bool(self.objective), "--objective is missing: for example att-mse")
-        _check(self.kd_temperature > 0, f"--kd_temperature {self.kd_temperature} must be positive")
+        for name in ("kd_temperature", "contrast_temperature", "contrast_width"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"--{name} {value} must be positive")
+        for name in ("relation_heads", "contrast_negatives"):
+            _check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
+        parse_relations(self.relations)
+
+    @property
+    def defaulted(self) -> dict[str, Any]:
+        """`layers`, `kd_temperature` and `kd_positions`: as given, or the objective's own."""
+        defaults = defaults_of(str(self.objective))
+        given = {name: getattr(self, name) for name in defaults}
+        return {n: defaults[n] if value is None else value for n, value in given.items()}
+
+    def settings(self, pairs: tuple[LayerPair, ...], logits: float = 0) -> Settings:
+        """What the objectives get told.
+
+        Args:
+            pairs: the mapped layers. logits: numbers in one model's logits of a micro-batch at all
+                its valid tokens, or at the masked ones where `kd` compares those.
+        """
+        chosen = self.defaulted
+        return Settings(
+            pairs,
+            temperature=chosen["kd_temperature"],
+            positions=chosen["kd_positions"],
+            projection=self.projection,
+            relation_heads=self.relation_heads,
+            relations=parse_relations(self.relations),
+            negatives=self.contrast_negatives,
+            contrast_temperature=self.contrast_temperature,
+            contrast_width=self.contrast_width,
+            form=self.loss_form,
+            chunked_logits=chunk_logits(self.loss_form, logits),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,6 +249,10 @@ class RunConfig:
     """The run's folder, and what is written when."""
 
     output: str | None = _help("Folder of the run; the same command again continues it.")
+    students: str | None = _help(
+        "Train several students at once, with one teacher forward for all: a JSON file "
+        '{"NAME": {"FLAG": VALUE}}, settings on top of the command line\'s; see docs/students.md.'
+    )
     ds_config: str | None = _help("DeepSpeed config, see ds_configs/README.md.")
     preset: str | None = _help("A paper's recipe: a name in pretrain/presets, or a JSON file.")
     seed: int = _help("Order of rows, masks, dropout and fresh weights.", 0)
@@ -226,11 +310,23 @@ class Config:
     schedule: ScheduleConfig
     run: RunConfig
 
+    def __post_init__(self) -> None:
+        _check(
+            bool(self.objective.objective or self.run.students),
+            "--objective is missing: for example att-mse",
+        )
+
+    @property
+    def student_seed(self) -> int:
+        """Seed of the student's fresh weights and of its dropout."""
+        own = self.student.student_seed
+        return self.run.seed if own is None else own
+
     def identity(self) -> dict[str, Any]:
         """The settings that make it this run and no other; a resumed run must agree in them."""
         free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
         free |= {"validate_every", "loader_workers", "check_shards", "preset", "output"}
-        free |= {"ds_config", "validation_rows"}
+        free |= {"ds_config", "validation_rows", "students"}
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
 
@@ -270,7 +366,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
 
 
 def read_preset(name_or_file: str, known: set[str]) -> dict[str, Any]:
-    """The settings of a preset: `{"about": …, "settings": {flag: value}}`.
+    """The settings of a preset: `{"about": …, "extends": NAME, "settings": {flag: value}}`.
+
+    `extends`, which may be left out, names a preset whose settings stand under its own.
 
     Raises:
         InputError: no such preset, malformed, or keys that are no flags.
@@ -282,12 +380,14 @@ def read_preset(name_or_file: str, known: set[str]) -> dict[str, Any]:
         names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
         raise InputError(f"--preset {name_or_file}: not found; presets are {names}, or give a file")
     try:
-        settings = json.loads(path.read_text())["settings"]
-        unknown = set(settings) - known
-    except (ValueError, KeyError, TypeError) as error:
+        preset = json.loads(path.read_text())
+        settings, base = dict(preset["settings"]), preset.get("extends")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f'--preset {path}: not a preset ({error!r}); it is {{"about": …, "settings": {{…}}}}'
         ) from error
-    if unknown:
+    if unknown := set(settings) - known:
         raise InputError(f"--preset {path}: unknown settings {', '.join(sorted(unknown))}")
-    return settings
+    if base is not None and not (isinstance(base, str) and (PRESETS / f"{base}.json").is_file()):
+        raise InputError(f"--preset {path}: extends {base!r}, which is no preset of Potstill")
+    return (read_preset(base, known) if base else {}) | settings

@@ -6,20 +6,21 @@ attention only as probabilities after dropout. Nothing behind the deepest wanted
 """
 
 from collections.abc import Set
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from pretrain.attention import Attention
 from pretrain.batches import Batch
-from pretrain.features import Depth, Feature, Kind, depth_needed
+from pretrain.features import Depth, Feature, Kind, Predictions, depth_needed
 
 PROJECTIONS: tuple[Kind, ...] = ("query", "key", "value")
 
 
 def encode(
     model: nn.Module, batch: Batch, wanted: Set[Feature], attention: Attention
-) -> dict[Feature, Tensor]:
+) -> dict[Feature, Any]:
     """Run `model` on `batch` just far enough to give the `wanted` features.
 
     Args:
@@ -34,7 +35,7 @@ def encode(
     base: Any = model.base_model
     depth = depth_needed(wanted, base.config.num_hidden_layers)
     key_mask = None if batch.full else batch.valid[:, None, None, :]
-    features: dict[Feature, Tensor] = {}
+    features: dict[Feature, Any] = {}
     hidden = _embed(base, batch.input_ids)
     _keep(features, wanted, Feature("hidden", 0), hidden)
     for number, layer in enumerate(base.encoder.layer[: depth.whole_layers], start=1):
@@ -50,7 +51,7 @@ def encode(
 
 
 def _keep(
-    features: dict[Feature, Tensor], wanted: Set[Feature], feature: Feature, value: Tensor
+    features: dict[Feature, Any], wanted: Set[Feature], feature: Feature, value: Tensor
 ) -> None:
     if feature in wanted:
         features[feature] = value
@@ -95,17 +96,18 @@ def _beyond(base: Any, depth: Depth, hidden: Tensor, wanted: Set[Feature]) -> di
     return {Feature(kind, number): value for kind, value in projected.items()}
 
 
-def _logits(
-    model: Any, hidden: Tensor, batch: Batch, wanted: Set[Feature]
-) -> dict[Feature, Tensor]:
+def _logits(model: Any, hidden: Tensor, batch: Batch, wanted: Set[Feature]) -> dict[Feature, Any]:
     """Logits (P, V) at the wanted positions only; the head is a large part of a small model."""
     tokens = hidden.flatten(0, 1)
     positions = {"masked": batch.masked, "all": batch.valid.flatten().nonzero().squeeze(1)}
-    return {
-        feature: mlm_head(model, tokens.index_select(0, positions[str(feature.at)]))
-        for feature in wanted
-        if feature.kind == "logits"
-    }
+    features: dict[Feature, Any] = {}
+    for feature in wanted:
+        if feature.kind == "logits":
+            features[feature] = mlm_head(model, tokens.index_select(0, positions[str(feature.at)]))
+        elif feature.kind == "predictions":
+            rows = tokens.index_select(0, positions[str(feature.at)])
+            features[feature] = Predictions(rows, partial(mlm_head, model), model.config.vocab_size)
+    return features
 
 
 def mlm_head(model: Any, hidden: Tensor) -> Tensor:

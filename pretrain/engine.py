@@ -1,14 +1,12 @@
-"""From a plan to a run: ranks, engine, teacher on its device, batches, files."""
+"""From a plan to a run: ranks, engines, teacher on its device, batches, files."""
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
@@ -16,34 +14,31 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep.shard_format import TOKENIZER_FOLDER, TRAIN, VALIDATION, ShardReader
-from data_prep.tokenization import load_tokenizer
 from potstill.console import is_main_rank, say
 from potstill.errors import InputError
 from potstill.files import write_json
-from pretrain.attention import choose_attention
-from pretrain.batches import (
-    Batch,
-    Slices,
-    TrainingBatches,
-    training_batches,
-    validation_batches,
-)
-from pretrain.checkpoint import Progress, load_checkpoint
-from pretrain.config import ScheduleConfig
+from pretrain.attention import Attention, choose_attention
+from pretrain.checkpoint import Progress, load_checkpoint, remove_checkpoints
+from pretrain.config import Config, ScheduleConfig
 from pretrain.encoder import encode
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
+from pretrain.features import Feature
 from pretrain.flops import peak_flops
+from pretrain.learner import Learner
 from pretrain.loop import Loop, Run
-from pretrain.masking import Masking, word_continuations
 from pretrain.metrics import Metrics
+from pretrain.models import HEADS, UNTRAINED
 from pretrain.optim import build_optimizer, parameter_groups
-from pretrain.plan import Plan, planned_tokens
-from pretrain.step import Distillation, freeze_unreached, untrained_parts
+from pretrain.plan import Plan, StudentPlan, teacher_flops
+from pretrain.run_data import RunData
+from pretrain.schedules import LinearSchedule
+from pretrain.step import Distillation, freeze_encoder, freeze_unreached, untrained_parts
+from pretrain.students import check_all_done, later_checkpoints
+from pretrain.summary import planned_tokens
 from pretrain.teacher import Teacher
 
-PROBE_ROWS, DRY_STEPS, DRY_ROWS = 8, 2, 256
+PROBE_ROWS, DRY_STEPS = 8, 2
 
 
 def start_ranks() -> torch.device:
@@ -83,147 +78,139 @@ def _own_folder_for_builds() -> None:
 
 
 def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
-    """Build the engine and everything around it, and load the checkpoint if there is one."""
-    settings, folder = plan.config.run, Path(str(plan.config.run.output))
-    data = _Data(plan)
-    attention = choose_attention(settings.attention, device)
-    shape = plan.teacher.shape if plan.teacher else plan.student.shape
-    module = Distillation(plan.student, shape, plan.objective, attention)
-    frozen = freeze_unreached(module, _teacher_probe(plan, data, attention), data.probe(2))
-    untrained = untrained_parts(frozen, module.student)
-    _record_run(plan, folder)
-    engine = _start_engine(plan, module)
-    start = load_checkpoint(engine, plan.checkpoint) if plan.checkpoint else Progress()
-    metrics = _open_metrics(plan, folder, engine, start)
+    """Build each student's engine and everything around it; load checkpoints if there are any."""
+    data = RunData(plan)
+    attention = choose_attention(plan.config.run.attention, device)
+    probe = _teacher_probe(plan, data, attention)
+    _record_run(plan)
+    learners = [_build_learner(plan, own, data, attention, probe) for own in plan.students]
+    starts = [learner.progress for learner in learners]
+    resumed = any(own.checkpoint for own in plan.students)
+    run = Run(
+        learners=learners,
+        stopped=dict(plan.stopped),
+        teacher=_live_teacher(plan, attention, device),
+        batches=data.training,
+        accumulation=plan.sizes.accumulation,
+        validation=data.validation,
+        teacher_flops=lambda wanted: teacher_flops(plan, wanted),
+        settings=plan.config.run,
+        schedule=_length(plan.config),
+        save=not plan.config.run.dry_run and plan.config.schedule.max_steps != 0,
+        resumed=resumed,
+        tokens_per_step=plan.tokens_per_step,
+        peak_flops=_peak_of_all(device),
+        device=device,
+    )
+    validated = min(start.validated for start in starts)
+    return run, replace(starts[0], flops=0.0, validated=validated)
+
+
+def _build_learner(
+    plan: Plan, own: StudentPlan, data: RunData, attention: Attention, probe: dict[Feature, Tensor]
+) -> Learner:
+    """One student with its engine, from its checkpoint if there is one."""
+    config = own.config
+    shape = plan.teacher.shape if plan.teacher else own.student.shape
+    torch.manual_seed(config.student_seed)  # of projections
+    module = Distillation(own.student, shape, own.objective, attention)
+    kept = freeze_encoder(module) if config.student.freeze else set()
+    frozen = freeze_unreached(module, probe, data.probe(2))
+    unreached = {name: value for name, value in frozen.items() if name not in kept}
+    untrained = [*untrained_parts(unreached, module.student), *_untrained_before(own)]
+    with own.member.blamed():
+        engine = _start_engine(plan, own, module)
+        start = load_checkpoint(engine, own.checkpoint) if own.checkpoint else Progress()
+    metrics = _open_metrics(own, engine, start)
 
     def export(target: Path, step: int) -> None:
-        facts = _facts(plan, target.name, step)
-        probe = data.probe(PROBE_ROWS)
-        shards = Path(str(plan.config.data.data))
-        difference = export_student(engine, frozen, untrained, facts, shards, target, probe)
-        path = str(target.relative_to(folder))
+        facts = _facts(plan, own, target.name, step)
+        rows, shards = data.probe(PROBE_ROWS), Path(str(config.data.data))
+        difference = export_student(engine, frozen, untrained, facts, shards, target, rows)
+        path = str(target.relative_to(own.member.folder))
         metrics.write("event", step, event="export", path=path, max_abs_difference=difference)
         say(f"step {step}: student in {target} (reopened, logits within {difference})")
 
-    run = Run(
+    return Learner(
+        name=own.member.name,
+        folder=own.member.folder,
         engine=engine,
-        teacher=_live_teacher(plan, device),
-        batches=data.training,
-        validation=data.validation,
         export=export,
         metrics=metrics,
-        settings=settings,
-        schedule=_schedule(plan),
-        save=not settings.dry_run and plan.config.schedule.max_steps != 0,
-        resumed=plan.checkpoint is not None,
-        tokens_per_step=plan.tokens_per_step,
-        flops_per_token=plan.flops_per_token,
-        peak_flops=_peak_of_all(device),
+        schedule=_schedule(_length(config)),
+        seeds=(config.run.seed, config.student_seed),
+        flops_per_token=own.flops_per_token,
+        progress=start,
     )
-    return run, start
 
 
-def _schedule(plan: Plan) -> ScheduleConfig:
+def _untrained_before(own: StudentPlan) -> list[str]:
+    """Parts of a frozen encoder that were never trained in the run that it comes from either."""
+    model: Any = own.student.model
+    before = getattr(model.config, UNTRAINED, None) or []
+    if not (own.config.student.freeze and own.config.student.student):
+        return []
+    return [part for part in before if part.split(".")[0] not in HEADS[model.config.model_type]]
+
+
+def _length(config: Config) -> ScheduleConfig:
     """The run's schedule; a dry run takes two steps of it."""
-    if not plan.config.run.dry_run:
-        return plan.config.schedule
-    return replace(plan.config.schedule, max_steps=DRY_STEPS, max_hours=None, schedule="step")
+    if not config.run.dry_run:
+        return config.schedule
+    return replace(config.schedule, max_steps=DRY_STEPS, max_hours=None, schedule="step")
+
+
+def _schedule(settings: ScheduleConfig) -> LinearSchedule:
+    if settings.schedule == "time":
+        return LinearSchedule(settings.lr, settings.warmup, hours=settings.max_hours)
+    return LinearSchedule(settings.lr, settings.warmup, steps=settings.max_steps)
 
 
 def finish(loop: Loop, plan: Plan) -> None:
-    """Validate, save and export at the end of a run; say where things are."""
+    """Validate, save and export at the end of a run; say where things are.
+
+    Raises:
+        TrainingError: a student stopped on the way; the others are done.
+    """
     run, end = loop.run, loop.now
     if end.validated != end.step:
         loop.validate()
     if run.save:
         loop.save()
-        run.export(run.folder / "student", end.step)
-    elif run.settings.dry_run:
+    for learner in run.learners if run.save else ():
+        learner.export(learner.folder / "student", end.step)
+    if run.settings.dry_run:
         say(f"dry run  {end.step} steps in {end.seconds:.1f} s; {_estimate(plan, end)}")
-    say(f"finished {end.step} steps, {end.tokens:,} tokens, {end.seconds:.0f} s of training")
+    if run.learners:
+        say(f"finished {end.step} steps, {end.tokens:,} tokens, {end.seconds:.0f} s of training")
     dist.barrier()
     dist.destroy_process_group()
+    check_all_done(run.stopped)
 
 
-class _Data:
-    """The run's batches, by what they are for."""
-
-    def __init__(self, plan: Plan) -> None:
-        folder = Path(str(plan.config.data.data))
-        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-        settings = plan.config.data
-        special = np.zeros(plan.manifest.vocab_size, bool)
-        special[list(tokenizer.all_special_ids)] = True
-        self._masking = Masking(
-            probability=settings.mlm_probability,
-            mask_id=plan.manifest.special_ids["mask"],
-            vocab_size=plan.manifest.vocab_size,
-            special=special,
-            continues=word_continuations(tokenizer) if settings.mask_whole_words else None,
-            seed=plan.config.run.seed,
-        )
-        self._plan, self._pad = plan, plan.manifest.special_ids["pad"]
-        self._slices = Slices(
-            plan.sizes.micro_batch,
-            plan.sizes.accumulation,
-            dist.get_rank(),
-            dist.get_world_size(),
-        )
-        self._train = ShardReader(folder, TRAIN)
-        self._validation = ShardReader(folder, VALIDATION)
-
-    def training(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from a step on."""
-        config = self._plan.config
-        batches = TrainingBatches(
-            self._train, self._masking, self._pad, self._slices, config.run.seed
-        )
-        return training_batches(
-            batches, step, config.data.loader_workers, pin=torch.cuda.is_available()
-        )
-
-    def validation(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's share of the held-out rows."""
-        run = self._plan.config.run
-        limit = (
-            min(run.validation_rows or DRY_ROWS, DRY_ROWS) if run.dry_run else run.validation_rows
-        )
-        return validation_batches(self._validation, self._masking, self._pad, self._slices, limit)
-
-    def probe(self, rows: int) -> Batch:
-        """The first held-out rows, the same on every rank."""
-        slices = Slices(min(rows, self._validation.rows), 1, 0, 1)
-        batches = validation_batches(self._validation, self._masking, self._pad, slices, rows)
-        return next(iter(batches))[0]
-
-
-def _teacher_probe(plan: Plan, data: _Data, attention: Any) -> dict[Any, Tensor]:
-    """The teacher's features of a few rows, on the CPU, to find what the student's loss reaches."""
+def _teacher_probe(plan: Plan, data: RunData, attention: Attention) -> dict[Feature, Tensor]:
+    """The teacher's features of a few rows, on the CPU, to find what the students' losses reach."""
     if plan.teacher is None:
         return {}
-    wanted = plan.objective.teacher_features()
     with torch.no_grad():
-        return encode(plan.teacher.model.eval(), data.probe(2), wanted, attention)
+        return encode(plan.teacher.model.eval(), data.probe(2), plan.teacher_features, attention)
 
 
-def _live_teacher(plan: Plan, device: torch.device) -> Teacher | None:
-    wanted = plan.objective.teacher_features()
+def _live_teacher(plan: Plan, attention: Attention, device: torch.device) -> Teacher | None:
+    wanted = plan.teacher_features
     if plan.teacher is None or not wanted:
         return None
-    attention = choose_attention(plan.config.run.attention, device)
     return Teacher(plan.teacher, wanted, attention, device, plan.dtype)
 
 
-def _start_engine(plan: Plan, module: Distillation) -> Any:
+def _start_engine(plan: Plan, own: StudentPlan, module: Distillation) -> Any:
     module.train()
-    groups = parameter_groups(module, plan.config.schedule.weight_decay)
-    own = "optimizer" not in plan.ds_config
+    settings = own.config.schedule
+    groups = parameter_groups(module, settings.weight_decay)
+    optimizer = None if "optimizer" in own.ds_config else build_optimizer(groups, settings)
     try:
         engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=groups,
-            optimizer=build_optimizer(groups, plan.config.schedule) if own else None,
-            config=plan.ds_config,
+            model=module, model_parameters=groups, optimizer=optimizer, config=own.ds_config
         )
     except (NotImplementedError, ValueError, ZeRORuntimeException) as error:
         raise InputError(
@@ -232,39 +219,52 @@ def _start_engine(plan: Plan, module: Distillation) -> Any:
     return engine
 
 
-def _record_run(plan: Plan, folder: Path) -> None:
-    """Write what the run was told and where it runs, before DeepSpeed writes anything there."""
+def _record_run(plan: Plan) -> None:
+    """Write what the run was told and where it runs, before DeepSpeed writes anything there.
+
+    Checkpoints behind the step that all students go on from are removed: they are made again.
+    """
     if is_main_rank() and not plan.config.run.dry_run:
-        settings = {k: v for part in asdict(plan.config).values() for k, v in part.items()}
-        write_json(folder / "config.json", {"settings": settings, "identity": plan.identity})
-        write_json(folder / "ds_config.json", plan.ds_config)
-        write_json(folder / "environment.json", describe_environment(dist.get_world_size()))
+        folder = Path(str(plan.config.run.output))
+        if plan.config.run.students is not None:
+            write_json(folder / "config.json", _record(plan.config, plan.identity))
+        environment = describe_environment(dist.get_world_size())
+        for own in plan.students:
+            place = own.member.folder
+            write_json(place / "config.json", _record(own.config, own.identity))
+            write_json(place / "ds_config.json", own.ds_config)
+            write_json(place / "environment.json", environment)
+            remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
     dist.barrier()
 
 
-def _open_metrics(plan: Plan, folder: Path, engine: Any, start: Progress) -> Metrics:
-    """The run's metrics, without lines that a resumed run will write again."""
-    if plan.config.run.dry_run:
+def _record(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: v for part in asdict(config).values() for k, v in part.items()}
+    return {"settings": settings, "identity": identity}
+
+
+def _open_metrics(own: StudentPlan, engine: Any, start: Progress) -> Metrics:
+    """A student's metrics, without lines that a resumed run will write again."""
+    if own.config.run.dry_run:
         return Metrics(None)
-    metrics = Metrics(folder / "metrics.jsonl", engine.monitor)
-    metrics.cut_behind(start.step if plan.checkpoint else -1)
-    if plan.checkpoint:
-        metrics.write("event", start.step, event="resume", checkpoint=plan.checkpoint.name)
+    metrics = Metrics(own.member.folder / "metrics.jsonl", engine.monitor)
+    metrics.cut_behind(start.step if own.checkpoint else -1)
+    if own.checkpoint:
+        metrics.write("event", start.step, event="resume", checkpoint=own.checkpoint.name)
     return metrics
 
 
-def _facts(plan: Plan, name: str, step: int) -> dict[str, Any]:
+def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]:
     """The model card's rows."""
-    config, manifest = plan.config, plan.manifest
-    shape = plan.student.shape
+    config, shape = own.config, own.student.shape
     return {
         "name": f"{shape.layers}x{shape.hidden} student" if plan.teacher else "Encoder",
         "teacher": config.teacher.teacher or "none (pretrained from scratch)",
         "objective": config.objective.objective,
-        "layers": config.objective.layers,
+        "layers": config.objective.defaulted["layers"],
         "initialisation": config.student.student or config.student.init,
-        "data": "; ".join(str(source.get("name", source)) for source in manifest.sources),
-        "tokens per row": manifest.seq_length,
+        "data": "; ".join(str(source.get("name", source)) for source in plan.manifest.sources),
+        "tokens per row": plan.manifest.seq_length,
         "steps": step,
         "tokens": step * plan.tokens_per_step,
         "learning rate": config.schedule.lr,

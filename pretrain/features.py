@@ -5,14 +5,15 @@
 | hidden  | layer 0 (embeddings)…N | (B, L, D)                                                    |
 | query, key, value | layer 1…N    | (B, H, L, d), before any dropout                             |
 | logits  | "masked" or "all"      | (P, V): one row per masked (or valid) token, in batch order  |
+| predictions | "masked" or "all"  | the same, not computed yet: `Predictions`                    |
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-Kind = Literal["hidden", "query", "key", "value", "logits"]
+Kind = Literal["hidden", "query", "key", "value", "logits", "predictions"]
 Positions = Literal["masked", "all"]
 
 
@@ -23,7 +24,21 @@ class Feature(NamedTuple):
     at: int | Positions
 
 
-Features = Mapping[Feature, Tensor]
+class Predictions(NamedTuple):
+    """Logits that nobody has computed: what the MLM head reads, and the head.
+
+    Attributes:
+        hidden: (P, D), the last hidden states. head: gives logits (P', V) of rows (P', D).
+        vocab: V.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    vocab: int
+
+
+Features = Mapping[Feature, Any]
+"""Tensors by name; under "predictions" a `Predictions`."""
 
 
 class Depth(NamedTuple):
@@ -41,7 +56,7 @@ def depth_needed(wanted: Iterable[Feature], layers: int) -> Depth:
     """
     whole, projected, head = 0, 0, False
     for kind, at in wanted:
-        if kind == "logits":
+        if kind in ("logits", "predictions"):
             whole, head = layers, True
         elif kind == "hidden":
             whole = max(whole, int(at))

@@ -34,7 +34,7 @@ def forward_flops(shape: Shape, wanted: Set[Feature], length: int, masked_share:
             total += 2 * shape.hidden**2
         if kind in ("query", "value"):  # the scores or the relation that an objective forms of it
             total += 2 * length * shape.hidden
-        if kind == "logits":
+        if kind in ("logits", "predictions"):
             head = 2 * shape.hidden * shape.embedding + 2 * shape.embedding * shape.vocab
             total += head * (masked_share if at == "masked" else 1.0)
     return total

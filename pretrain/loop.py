@@ -1,24 +1,20 @@
-"""The training loop: batch, step, log, validate, export, save."""
+"""The training loop: batch, step, log, validate, export, save; for one student or several."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
 
-from potstill.console import progress, say
-from potstill.errors import TrainingError
+from potstill.console import progress
 from pretrain.batches import Batch
-from pretrain.checkpoint import Progress, save_checkpoint
+from pretrain.checkpoint import Progress
 from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
-from pretrain.metrics import Metrics
-from pretrain.schedules import LinearSchedule
-from pretrain.step import StepResult, train_step, validation_terms
+from pretrain.features import Feature
+from pretrain.learner import Learner
+from pretrain.step import train_step, validation_terms, with_features
+from pretrain.students import Stop
 from pretrain.teacher import Teacher
 
 
@@ -27,33 +23,31 @@ class Run:
     """Everything the loop uses, ready made by `engine.py`.
 
     Attributes:
-        batches: this rank's micro-batches from a step on.
+        learners: the students that still learn; one that diverges is taken out.
+        stopped: those that do not, by name.
+        batches: this rank's micro-batches from a step on. accumulation: how many make a step.
         validation: this rank's validation batches, each with whether it counts.
-        export: writes the student to a folder, for a step; all ranks call it.
+        teacher_flops: per token, for the features that it gives.
+        schedule: how long the run is.
         save: whether checkpoints and exports are written (not in a dry run, nor a validation).
         resumed: whether it goes on from a checkpoint.
-        tokens_per_step: of all ranks. flops_per_token: of both models.
-        peak_flops: of all devices together, if known.
+        tokens_per_step: of all ranks. peak_flops: of all devices together, if known.
     """
 
-    engine: Any
+    learners: list[Learner]
+    stopped: dict[str, Stop]
     teacher: Teacher | None
     batches: Callable[[int], Iterator[Batch]]
+    accumulation: int
     validation: Callable[[], Iterator[tuple[Batch, bool]]]
-    export: Callable[[Path, int], None]
-    metrics: Metrics
+    teacher_flops: Callable[[Set[Feature]], float]
     settings: RunConfig
     schedule: ScheduleConfig
     save: bool
     resumed: bool
     tokens_per_step: int
-    flops_per_token: float
     peak_flops: float | None
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(str(self.settings.output))
+    device: torch.device
 
     @property
     def last_step(self) -> float:
@@ -68,26 +62,19 @@ class Loop:
     run: Run
     now: Progress
     clock: Clock = field(init=False)
-    logged: Progress = field(init=False)
-    skipped: int = field(init=False)
     saved: tuple[int, int] | None = field(init=False)
-    weights: Tensor = field(init=False)
+    teacher: Teacher | None = field(init=False)
+    teacher_share: float = field(init=False)
+    """FLOPs of the teacher's forward per token and student."""
 
     def __post_init__(self) -> None:
-        engine = self.run.engine
-        weights = engine.module.objective.weights
-        self.weights = torch.tensor(weights, dtype=torch.float64, device=engine.device)
-        self.clock = Clock(self.now.seconds, self.run.engine.device)
-        self.logged, self.skipped = self.now, self.run.engine.skipped_steps
+        self.clock = Clock(self.now.seconds, self.run.device)
         self.saved = (self.now.step, self.now.validated) if self.run.resumed else None
+        self._share_teacher()
 
     def train(self) -> Progress:
-        """Train to the end of the run; returns where it ended.
-
-        Raises:
-            TrainingError: the loss is not finite; that state is not saved.
-        """
-        run, schedule = self.run, _schedule(self.run.schedule)
+        """Train to the end of the run, or until no student is left; returns where it ended."""
+        run = self.run
         if self.now.step == 0 and self.now.validated < 0:
             with self.clock.paused():
                 self.validate()
@@ -96,35 +83,25 @@ class Loop:
         steps = None if math.isinf(run.last_step) else int(run.last_step)
         with progress(total=steps, initial=self.now.step, unit="step") as bar:
             while not self._finished():
-                rate = schedule.learning_rate(self.now.step, self.now.seconds)
-                result = self._step(batches, rate)
+                self.step(batches)
                 bar.update()
                 last = self._finished()
                 if _due(self.now.step, run.settings.log_every) or self.now.step == 1 or last:
-                    self._log(result, rate)
+                    self._log()
                 while markers and self._share() >= markers[0]:
-                    self._export_marker(markers.pop(0), result)
+                    self._export_marker(markers.pop(0))
                 if _due(self.now.step, run.settings.validate_every):
                     with self.clock.paused():
                         self.validate()
                 if _due(self.now.step, run.settings.save_every):
                     with self.clock.paused():
-                        self.save(result)
+                        self.save()
         return self.now
-
-    def _export_marker(self, share: float, result: StepResult) -> None:
-        run = self.run
-        if not run.save:
-            return
-        with self.clock.paused():
-            _check_finite(step_loss(run.engine.module.objective, result)[0], self.now.step)
-            run.export(run.folder / "markers" / f"{share:.2f}", self.now.step)
 
     def _finished(self) -> bool:
         hours = self.run.schedule.max_hours
-        return self.now.step >= self.run.last_step or (
-            hours is not None and self.now.seconds >= hours * 3600
-        )
+        out_of_time = hours is not None and self.now.seconds >= hours * 3600
+        return not self.run.learners or self.now.step >= self.run.last_step or out_of_time
 
     def _share(self) -> float:
         """The share of the run that is done."""
@@ -132,101 +109,90 @@ class Loop:
         by_time = self.now.seconds / (hours * 3600) if hours else 0.0
         return max(by_time, self.now.step / self.run.last_step if self.run.last_step else 1.0)
 
-    def _step(self, batches: Iterator[Batch], rate: float) -> StepResult:
-        run, engine = self.run, self.run.engine
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
-        finished, seed = self.now.step + 1, run.settings.seed
+    def step(self, batches: Iterator[Batch]) -> None:
+        """One update of every student that still learns, from the next micro-batches."""
+        run = self.run
+        micro_batches = [next(batches) for _ in range(run.accumulation)]
+        finished = self.now.step + 1
         timed = run.schedule.max_hours is not None  # any step may turn out to be the last
         log = timed or _due(finished, run.settings.log_every) or finished in (1, run.last_step)
-        result = train_step(
-            engine, run.teacher, micro_batches, self.weights, seed, self.now.step, log
-        )
-        self.now = Progress(
+        share = self._share()
+        steps = [
+            learner.begin_step(micro_batches, self.now, share, log) for learner in run.learners
+        ]
+        results = train_step(steps, with_features(self.teacher, micro_batches, run.device))
+        self.now = replace(
+            self.now,
             step=finished,
             tokens=self.now.tokens + run.tokens_per_step,
-            flops=self.now.flops + run.tokens_per_step * run.flops_per_token,
             seconds=self.clock.agreed_seconds() if timed else self.clock.seconds(),
-            validated=self.now.validated,
         )
-        return result
+        for learner, result in zip(run.learners, results, strict=True):
+            flops = run.tokens_per_step * (learner.flops_per_token + self.teacher_share)
+            learner.end_step(result, self.now, flops)
 
-    def _log(self, result: StepResult, rate: float) -> None:
-        """One line of metrics; waits for the device and for the other ranks."""
-        run, before = self.run, self.logged
-        loss, terms = step_loss(run.engine.module.objective, result)
-        _check_finite(loss, self.now.step)
-        if run.schedule.max_hours is None:  # read after the device is done
+    def _log(self) -> None:
+        """One line of metrics per student; waits for the device and for the other ranks."""
+        self._stop_diverged()
+        if self.run.schedule.max_hours is None:  # read after the device is done
             self.now = replace(self.now, seconds=self.clock.seconds())
-        now = self.now
-        seconds = now.seconds - before.seconds
-        speed = (now.flops - before.flops) / seconds
-        run.metrics.write(
-            "train",
-            now.step,
-            loss=loss,
-            terms=terms,
-            lr=rate,
-            grad_norm=result.grad_norm,
-            tokens=now.tokens,
-            seconds=now.seconds,
-            tokens_per_second=(now.tokens - before.tokens) / seconds,
-            flops=now.flops,
-            mfu=speed / run.peak_flops if run.peak_flops else None,
-        )
-        skipped = run.engine.skipped_steps
-        if skipped > self.skipped:
-            run.metrics.write("event", now.step, event="skipped step", skipped_steps=skipped)
-        self.logged, self.skipped = now, skipped
+        for learner in self.run.learners:
+            learner.log(self.now, self.run.peak_flops)
 
-    def validate(self) -> float:
-        """Loss on the held-out rows; writes a line and returns it."""
-        run, objective = self.run, self.run.engine.module.objective
-        result, rows = validation_terms(run.engine, run.teacher, run.validation())
-        loss, terms = step_loss(objective, result)
-        run.metrics.write("validation", self.now.step, loss=loss, terms=terms, rows=rows)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        say(f"step {self.now.step}: held-out {shown} ({rows} rows)")
-        self.now = replace(self.now, validated=self.now.step)
-        return loss
-
-    def save(self, result: StepResult | None = None) -> None:
-        """Write a checkpoint, unless the last step's loss is not finite or it is a dry run."""
-        run = self.run
-        if not run.save or self.saved == (self.now.step, self.now.validated):
+    def _export_marker(self, share: float) -> None:
+        if not self.run.save:
             return
-        if result is not None:
-            _check_finite(step_loss(run.engine.module.objective, result)[0], self.now.step)
-        folder = run.folder / "checkpoints"
-        path = save_checkpoint(run.engine, folder, self.now, run.settings.keep_checkpoints)
-        if self.saved is None or self.saved[0] != self.now.step:  # not only a validation since
-            run.metrics.write("event", self.now.step, event="checkpoint", path=path.name)
+        with self.clock.paused():
+            self._stop_diverged()
+            for learner in self.run.learners:
+                learner.export(learner.folder / "markers" / f"{share:.2f}", self.now.step)
+
+    def _stop_diverged(self) -> None:
+        """Take out the students whose last loss is not finite; the others go on.
+
+        Nothing of such a state is ever saved. The loss is that of all ranks, so they agree.
+        """
+        for learner in [learner for learner in self.run.learners if learner.has_diverged()]:
+            self.run.stopped[learner.name] = learner.stop()
+            self.run.learners.remove(learner)
+            self._share_teacher()
+
+    def _share_teacher(self) -> None:
+        """Let the teacher give what the students want that still learn, and no more."""
+        learners = self.run.learners
+        wanted = frozenset[Feature]().union(*(learner.wanted for learner in learners))
+        self.teacher = self.run.teacher if wanted else None
+        if self.teacher is not None:
+            self.teacher.wanted = wanted
+        self.teacher_share = self.run.teacher_flops(wanted) / max(1, len(learners))
+
+    def validate(self) -> None:
+        """Losses on the held-out rows; writes a line for each student."""
+        learners = self.run.learners
+        if not learners:
+            return
+        engines = [learner.engine for learner in learners]
+        results, rows = validation_terms(engines, self.teacher, self.run.validation())
+        for learner, result in zip(learners, results, strict=True):
+            learner.write_validation(self.now.step, self._share(), result, rows)
+        self.now = replace(self.now, validated=self.now.step)
+
+    def save(self) -> None:
+        """Write checkpoints, unless the last step's loss is not finite or it is a dry run.
+
+        Old ones go only when all students have the new one: a run that is killed in between
+        goes on from the newest that all have.
+        """
+        if not self.run.save or self.saved == (self.now.step, self.now.validated):
+            return
+        self._stop_diverged()
+        known = self.saved is not None and self.saved[0] == self.now.step
+        for learner in self.run.learners:
+            learner.save(self.now, known)
+        for learner in self.run.learners:
+            learner.keep_newest(self.run.settings.keep_checkpoints)
         self.saved = (self.now.step, self.now.validated)
-
-
-def step_loss(objective: Any, result: StepResult) -> tuple[float, dict[str, float]]:
-    """Loss and unweighted terms of all ranks, as numbers; all ranks call it."""
-    sums = result.sums.clone()
-    dist.all_reduce(sums)
-    values = (sums / result.counts).tolist()
-    terms = dict(zip(objective.names, values, strict=True))
-    return sum(w * v for w, v in zip(objective.weights, values, strict=True)), terms
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss of step {step} is {loss}; nothing of it is saved. Start again from the last "
-            "checkpoint (the same command does it) with a lower --lr or a longer --warmup"
-        )
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _schedule(settings: ScheduleConfig) -> LinearSchedule:
-    if settings.schedule == "time":
-        return LinearSchedule(settings.lr, settings.warmup, hours=settings.max_hours)
-    return LinearSchedule(settings.lr, settings.warmup, steps=settings.max_steps)

@@ -1,8 +1,6 @@
 """What a run will do: everything checked and counted before DeepSpeed or any long work starts."""
 
-import hashlib
-import json
-import os
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import torch
 from torch import distributed as dist
 
 from data_prep.shard_format import (
-    MANIFEST,
     TRAIN,
     VALIDATION,
     Manifest,
@@ -20,9 +17,8 @@ from data_prep.shard_format import (
     verify_files,
 )
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
-from potstill.console import say
 from potstill.errors import InputError
-from pretrain.checkpoint import find_checkpoint, read_progress
+from pretrain.checkpoint import read_progress
 from pretrain.config import Config
 from pretrain.ds_config import (
     BatchSizes,
@@ -32,36 +28,76 @@ from pretrain.ds_config import (
     read_ds_config,
     resolve_ds_config,
 )
-from pretrain.environment import lacks_bf16
-from pretrain.flops import training_flops
+from pretrain.features import Feature
+from pretrain.flops import forward_flops
 from pretrain.models import Encoder, check_local, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
+from pretrain.run_folder import check_folders, identity_of
 from pretrain.student.build import build_student
 from pretrain.student.depth import map_layers
+from pretrain.students import FOLDER as STUDENTS
+from pretrain.students import Member, Stop, read_members
 from pretrain.teacher import check_teacher
 
 
 @dataclass(frozen=True)
+class StudentPlan:
+    """One student, checked and built: its model on the CPU, and what training it costs.
+
+    Attributes:
+        flops_per_token: of its own forward and backward.
+        checkpoint: where it goes on, if it does.
+    """
+
+    member: Member
+    ds_config: dict[str, Any]
+    objective: WeightedSum
+    student: Encoder
+    identity: dict[str, Any]
+    checkpoint: Path | None
+    flops_per_token: float
+
+    @property
+    def config(self) -> Config:
+        """Its settings: those of a lone run."""
+        return self.member.config
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked run: its settings, models on the CPU, sizes and costs."""
+    """A checked run: its settings, students, teacher, sizes.
+
+    Attributes:
+        students: those that are trained, one in a lone run.
+        stopped: those of `--students` that an earlier start had to stop, by name.
+    """
 
     config: Config
     manifest: Manifest
-    ds_config: dict[str, Any]
     sizes: BatchSizes
     dtype: torch.dtype
-    objective: WeightedSum
-    student: Encoder
     teacher: Encoder | None
-    checkpoint: Path | None
+    students: tuple[StudentPlan, ...]
+    stopped: dict[str, Stop]
     identity: dict[str, Any]
-    flops_per_token: float
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of all ranks per optimiser step, rows taken as full."""
         return self.sizes.global_batch * self.manifest.seq_length
+
+    @property
+    def teacher_features(self) -> frozenset[Feature]:
+        """What the teacher must give to all students together."""
+        wanted = (own.objective.teacher_features() for own in self.students)
+        return frozenset[Feature]().union(*wanted)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of all students, and one forward of the teacher."""
+        own = sum(own.flops_per_token for own in self.students)
+        return own + teacher_flops(self, self.teacher_features)
 
 
 def make_plan(config: Config) -> Plan:
@@ -70,43 +106,112 @@ def make_plan(config: Config) -> Plan:
     Raises:
         InputError: anything that would make the run fail or be another one than asked for.
     """
-    world_size = dist.get_world_size()
-    torch.manual_seed(config.run.seed)  # of weights that neither a checkpoint nor `init` gives
+    members = read_members(config)
     path = Path(str(config.run.ds_config))
     ds_config = read_ds_config(path)
-    sizes = batch_sizes(ds_config, world_size, path)
-    folder = Path(str(config.run.output))
-    ds_config = resolve_ds_config(ds_config, sizes, None if config.run.dry_run else folder)
-    check_with_deepspeed(ds_config, path)
+    sizes = batch_sizes(ds_config, dist.get_world_size(), path)
+    ds_configs = [_resolve(member, ds_config, sizes) for member in members]
+    check_with_deepspeed(ds_configs[0], path)
     manifest = _check_data(config)
-    teacher = _load_teacher(config, manifest)
-    student = build_student(config.student, teacher, manifest, config.run.seed)
-    objective = _build_objective(config, student, teacher)
-    _check_positions(manifest, student, teacher)
-    identity = _identity(config, sizes, ds_config)
-    checkpoint = _check_folder(config, folder, identity)
-    dist.barrier()  # no rank writes there before all have looked
-    flops = training_flops(
-        student.shape,
-        objective.student_features(),
-        teacher.shape if teacher else None,
-        objective.teacher_features(),
-        manifest.seq_length,
-        config.data.mlm_probability,
-    )
+    teacher = _load_teacher(members, manifest)
+    identities = [identity_of(member.config, sizes, ds_config) for member in members]
+    whole = {STUDENTS: [m.name for m in members]} if config.run.students else identities[0]
+    checkpoints, stopped = check_folders(config, whole, members, identities)
+    students = []
+    for member, own_ds_config, own_identity in zip(members, ds_configs, identities, strict=True):
+        with member.blamed():
+            student, objective = _build_student(member.config, teacher, manifest, sizes)
+        if member.name in checkpoints:
+            cost = _student_flops(member.config, student, objective, manifest)
+            students.append(
+                StudentPlan(
+                    member,
+                    own_ds_config,
+                    objective,
+                    student,
+                    own_identity,
+                    checkpoints[member.name],
+                    cost,
+                )
+            )
+    dist.barrier()  # no rank writes to the folder before all have looked
     return Plan(
         config=config,
         manifest=manifest,
-        ds_config=ds_config,
         sizes=sizes,
         dtype=precision(ds_config),
-        objective=objective,
-        student=student,
         teacher=teacher,
-        checkpoint=checkpoint,
-        identity=identity,
-        flops_per_token=flops,
+        students=tuple(students),
+        stopped=stopped,
+        identity=whole,
     )
+
+
+def _resolve(member: Member, ds_config: dict[str, Any], sizes: BatchSizes) -> dict[str, Any]:
+    """What DeepSpeed gets for one student: its monitors write where no other student's do.
+
+    Raises:
+        InputError: a monitor that can follow only one training per process.
+    """
+    for section in ("wandb", "comet") if member.name else ():
+        if ds_config.get(section, {}).get("enabled"):
+            raise InputError(
+                f"--ds_config {member.config.run.ds_config}: {section} follows one training per "
+                "process, and --students has several; use tensorboard or csv_monitor, which write "
+                "to each student's folder"
+            )
+    own = dict(ds_config)
+    for section in ("tensorboard", "csv_monitor"):
+        place = own.get(section, {}).get("output_path")
+        if member.name and place:
+            own[section] = {**own[section], "output_path": str(Path(place) / member.name)}
+    return resolve_ds_config(own, sizes, None if member.config.run.dry_run else member.folder)
+
+
+def _build_student(
+    config: Config, teacher: Encoder | None, manifest: Manifest, sizes: BatchSizes
+) -> tuple[Encoder, WeightedSum]:
+    """A student and what it learns; no matter which others there are."""
+    torch.manual_seed(config.student_seed)  # of weights that neither a checkpoint nor `init` gives
+    student = build_student(config.student, teacher, manifest, config.student_seed)
+    objective = _build_objective(config, student, teacher, manifest, sizes)
+    _check_positions(manifest, student, teacher)
+    _check_freeze(config, objective)
+    return student, objective
+
+
+def _check_freeze(config: Config, objective: WeightedSum) -> None:
+    head_learns = any(kind in ("logits", "predictions") for kind, _ in objective.student_features())
+    if config.student.freeze and not head_learns:
+        raise InputError(
+            f"--freeze {config.student.freeze} leaves the MLM head to train, which --objective "
+            f"{config.objective.objective} does not reach; use mlm or kd"
+        )
+
+
+def teacher_flops(plan: Plan, wanted: Set[Feature]) -> float:
+    """FLOPs per token of one forward of the teacher."""
+    if plan.teacher is None or not wanted:
+        return 0.0
+    shape, share = plan.teacher.shape, plan.config.data.mlm_probability
+    return forward_flops(shape, wanted, plan.manifest.seq_length, share)
+
+
+def _student_flops(
+    config: Config, student: Encoder, objective: WeightedSum, manifest: Manifest
+) -> float:
+    """FLOPs per token of a student's own forward and backward.
+
+    Backward of a frozen encoder is that of the tied decoder's input; of the rest, twice the
+    forward.
+    """
+    wanted = objective.student_features()
+    shape, share = student.shape, config.data.mlm_probability
+    forward = forward_flops(shape, wanted, manifest.seq_length, share)
+    if config.student.freeze:
+        last = {Feature("hidden", shape.layers)}
+        return 2 * forward - forward_flops(shape, last, manifest.seq_length, share)
+    return 3 * forward
 
 
 def _check_data(config: Config) -> Manifest:
@@ -137,15 +242,17 @@ def _on_every_rank(check: Any) -> None:
             raise InputError(message)
 
 
-def _load_teacher(config: Config, manifest: Manifest) -> Encoder | None:
-    """The teacher, if the objective learns from one, with the tokenizer of the shards."""
-    objective = build_objective(str(config.objective.objective), Settings(()))
+def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | None:
+    """The teacher, if an objective learns from one, with the tokenizer of the shards."""
+    config = members[0].config
     source = config.teacher.teacher
+    for member in members:
+        with member.blamed():
+            expression = str(member.config.objective.objective)
+            objective = build_objective(expression, Settings(()))
+            if source is None and objective.uses_teacher:
+                raise InputError(f"--objective {expression} learns from a teacher: give --teacher")
     if source is None:
-        if objective.uses_teacher:
-            raise InputError(
-                f"--objective {config.objective.objective} learns from a teacher: give --teacher"
-            )
         return None
     check_local(source, "--teacher")
     _check_tokenizer(source, config, manifest)
@@ -163,14 +270,20 @@ def _check_tokenizer(source: str, config: Config, manifest: Manifest) -> None:
         )
 
 
-def _build_objective(config: Config, student: Encoder, teacher: Encoder | None) -> WeightedSum:
+def _build_objective(
+    config: Config,
+    student: Encoder,
+    teacher: Encoder | None,
+    manifest: Manifest,
+    sizes: BatchSizes,
+) -> WeightedSum:
     settings = config.objective
     teacher_layers = teacher.shape.layers if teacher else student.shape.layers
-    pairs = map_layers(settings.layers, student.shape.layers, teacher_layers)
-    objective = build_objective(
-        str(settings.objective),
-        Settings(pairs, settings.kd_temperature, settings.kd_positions, settings.projection),
-    )
+    chosen = settings.defaulted
+    pairs = map_layers(chosen["layers"], student.shape.layers, teacher_layers)
+    compared = config.data.mlm_probability if chosen["kd_positions"] == "masked" else 1.0
+    logits = sizes.micro_batch * manifest.seq_length * compared * manifest.vocab_size
+    objective = build_objective(str(settings.objective), settings.settings(pairs, logits))
     if not config.data.mlm_probability and any(o.counted == "masked" for o in objective.objectives):
         raise InputError(
             f"--mlm_probability 0 masks nothing, and --objective {settings.objective} learns at "
@@ -198,112 +311,14 @@ def _check_positions(manifest: Manifest, student: Encoder, teacher: Encoder | No
             )
 
 
-def _identity(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """What makes it this run: its settings, the shards' content, batch, precision and ZeRO."""
-    manifest = (Path(str(config.data.data)) / MANIFEST).read_bytes()
-    return {
-        **config.identity(),
-        "data": hashlib.sha256(manifest).hexdigest(),
-        "global_batch": sizes.global_batch,
-        "precision": str(precision(ds_config)),
-        "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-    }
-
-
-def _check_folder(config: Config, folder: Path, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Raises:
-        InputError: the folder belongs to another run, or is something else.
-    """
-    if config.run.dry_run:
-        return None
-    record = folder / "config.json"
-    if record.exists():
-        try:
-            before = json.loads(record.read_text())["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{record} is unreadable ({error!r}); give another --output"
-            ) from error
-        changed = sorted(n for n in identity if identity[n] != before.get(n))
-        if changed:
-            name = changed[0]
-            raise InputError(
-                f"--output {folder} holds another run: {', '.join(changed)} differ "
-                f"({name} was {before.get(name)!r}, is {identity[name]!r}); give another --output"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--output {folder} is not empty and holds no run; give another folder")
-    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
-        raise InputError(f"--output {folder}: the folder cannot be written")
-    return find_checkpoint(config.run.resume, folder)
-
-
 def is_finished(plan: Plan) -> bool:
-    """Whether the folder holds the whole run already: its last step and the exported student."""
-    if plan.checkpoint is None or not (Path(str(plan.config.run.output)) / "student").is_dir():
+    """Whether the folder holds the whole run already: its last step and the exported students."""
+    return all(_is_trained(own) for own in plan.students)
+
+
+def _is_trained(own: StudentPlan) -> bool:
+    if own.checkpoint is None or not (own.member.folder / "student").is_dir():
         return False
-    done, schedule = read_progress(plan.checkpoint)[0], plan.config.schedule
+    done, schedule = read_progress(own.checkpoint)[0], own.config.schedule
     out_of_time = schedule.max_hours is not None and done.seconds >= schedule.max_hours * 3600
     return out_of_time or done.step == schedule.max_steps
-
-
-def show_plan(plan: Plan, device: torch.device) -> None:
-    """Print what the run will do: shapes, parameters, cost."""
-    trained = sum(p.numel() for p in plan.student.model.parameters())
-    schedule = plan.config.schedule
-    say(f"objective  {plan.config.objective.objective}, layers {plan.config.objective.layers}")
-    for who, encoder in (("teacher", plan.teacher), ("student", plan.student)):
-        if encoder is not None:
-            say(f"{who}    {describe_shape(encoder)}")
-    say(
-        f"batch      {plan.sizes.global_batch} rows of {plan.manifest.seq_length} = "
-        f"{plan.tokens_per_step:,} tokens: {plan.sizes.micro_batch} x "
-        f"{plan.sizes.accumulation} micro-batches x {dist.get_world_size()} ranks, {plan.dtype}"
-    )
-    say(f"cost       {plan.flops_per_token / 1e6:.1f} MFLOP per token, both models")
-    tokens = planned_tokens(plan)
-    if tokens is not None:
-        rows = plan.manifest.splits[TRAIN].rows
-        say(
-            f"run        {schedule.max_steps:,} steps, {tokens:,} tokens "
-            f"({tokens / plan.manifest.seq_length / rows:.2f} epochs), "
-            f"{tokens * plan.flops_per_token:.2e} FLOP"
-        )
-    say(f"memory     about {memory_estimate(plan, trained) / 2**30:.2f} GiB per rank on {device}")
-    if device.type == "cpu" and plan.dtype == torch.bfloat16 and lacks_bf16():
-        say("note       this CPU has no bf16 instructions: ds_configs/cpu.json is much faster")
-    if plan.checkpoint:
-        say(f"resume     from {plan.checkpoint}")
-
-
-def planned_tokens(plan: Plan) -> int | None:
-    """Tokens of the whole run; None where only time ends it."""
-    steps = plan.config.schedule.max_steps
-    return None if steps is None else steps * plan.tokens_per_step
-
-
-def describe_shape(encoder: Encoder) -> str:
-    """A model's sizes and parameters in a line."""
-    shape = encoder.shape
-    parameters = sum(p.numel() for p in encoder.model.parameters())
-    return (
-        f"{shape.layers} layers x {shape.hidden}, {shape.heads} heads, ffn {shape.ffn}, "
-        f"{parameters / 1e6:.1f} M parameters, from {encoder.source}"
-    )
-
-
-def memory_estimate(plan: Plan, trained: int) -> float:
-    """Bytes per rank: weights, gradients, AdamW's states, and the activations of a micro-batch.
-
-    An estimate to tell 2 GiB from 20: about 34 values of the width per token and layer are kept
-    for backward, plus the attention's L x L of each head where it is written out.
-    """
-    half = plan.dtype != torch.float32
-    states = trained * (2 + 4 + 12 if half else 4 + 4 + 8)
-    frozen = sum(p.numel() for p in plan.teacher.model.parameters()) if plan.teacher else 0
-    weights = frozen * (2 if half else 4)
-    shape, tokens = plan.student.shape, plan.sizes.micro_batch * plan.manifest.seq_length
-    kept = tokens * shape.layers * (34 * shape.hidden + 2 * shape.heads * plan.manifest.seq_length)
-    return states + weights + kept * (2 if half else 4)

@@ -11,7 +11,9 @@ from potstill.console import program, say
 from pretrain.config import parse_config
 from pretrain.engine import build_run, finish, start_ranks
 from pretrain.loop import Loop
-from pretrain.plan import is_finished, make_plan, show_plan
+from pretrain.plan import is_finished, make_plan
+from pretrain.students import check_all_done
+from pretrain.summary import show_plan
 
 
 @program
@@ -22,7 +24,9 @@ def main() -> None:
     plan = make_plan(config)
     show_plan(plan, device)
     if is_finished(plan):
-        say(f"finished already: {config.run.output}/student")
+        for own in plan.students:
+            say(f"finished already: {own.member.folder}/student")
+        check_all_done(plan.stopped)
         return
     loop = Loop(*build_run(plan, device))
     loop.train()

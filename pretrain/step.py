@@ -1,6 +1,7 @@
 """One training step: its micro-batches, the loss that does not depend on how they are cut."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pretrain.encoder import encode
 from pretrain.features import Feature, Features
 from pretrain.masking import hash64
 from pretrain.models import Encoder, Shape
+from pretrain.objectives.base import Objective
 from pretrain.objectives.composite import WeightedSum
 from pretrain.teacher import Teacher
 
@@ -53,7 +55,8 @@ def freeze_unreached(module: Distillation, teacher: Features, batch: Batch) -> d
         batch: a few short rows.
 
     Returns:
-        The student's frozen parameters by name, float32 copies.
+        The student's frozen parameters by name, float32 copies; also those that were frozen
+        before (`freeze_encoder`).
     """
     module.forward(batch, teacher).sum().backward()
     frozen = {}
@@ -64,6 +67,18 @@ def freeze_unreached(module: Distillation, teacher: Features, batch: Batch) -> d
                 frozen[name.removeprefix("student.")] = parameter.detach().float().clone()
         parameter.grad = None
     return frozen
+
+
+def freeze_encoder(module: Distillation) -> set[str]:
+    """Freeze all of the student but its MLM head; the decoder is the embeddings where it is tied.
+
+    Without a parameter to train in it, the encoder's forward keeps nothing for backward.
+
+    Returns:
+        The names of its parameters in the student.
+    """
+    module.student.base_model.requires_grad_(False)
+    return {name for name, p in module.student.named_parameters() if not p.requires_grad}
 
 
 def untrained_parts(frozen: dict[str, Tensor], model: nn.Module) -> list[str]:
@@ -104,48 +119,90 @@ def global_counts(objective: WeightedSum, batches: Sequence[Batch], device: torc
     return counts.clamp(min=1)
 
 
-def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Make dropout a pure function of (seed, student, step, rank); there is one student, 0."""
-    mixed = hash64(seed, 0, step, micro_batch, rank)
+def seed_dropout(seed: int, student_seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Make dropout a pure function of its arguments, and of no other student of the run."""
+    mixed = hash64(seed, student_seed, step, micro_batch, rank)
     torch.manual_seed(int(mixed[0]) >> 1)
 
 
-def train_step(
-    engine: Any,
-    teacher: Teacher | None,
-    batches: Sequence[Batch],
-    weights: Tensor,
-    seed: int,
-    step: int,
-    log: bool,
-) -> StepResult:
-    """One optimiser update from a rank's micro-batches.
+class StudentStep:
+    """One optimiser update of one student, micro-batch by micro-batch.
 
     The engine divides by the micro-batches of a step and averages over ranks; the scale undoes
     both, so that each term is its global sum over its global count, however the batch is cut.
 
     Args:
-        weights: of the terms, float64 (terms,) on the engine's device.
+        batches: all micro-batches of this rank and step.
+        weights: of the terms in this step.
+        seeds: of the run and of the student.
+        step: finished steps.
         log: whether the gradient norm is wanted; it costs a synchronisation.
     """
-    device, world = engine.device, dist.get_world_size()
-    objective = engine.module.objective
-    counts = global_counts(objective, batches, device)
-    scale = weights / counts * (world * len(batches))
-    sums = torch.zeros_like(counts)
-    norm = None
-    for micro_batch, batch in enumerate(batches):
-        batch = batch.to(device)
-        seed_dropout(seed, step, micro_batch, dist.get_rank())
-        totals = engine(batch, teacher.features(batch) if teacher else {})
-        engine.backward((totals * scale.to(totals.dtype)).sum())
-        if log and micro_batch == len(batches) - 1:
-            norm = _plain_grad_norm(engine)
+
+    def __init__(
+        self,
+        engine: Any,
+        batches: Sequence[Batch],
+        weights: Sequence[float],
+        seeds: tuple[int, int],
+        step: int,
+        log: bool,
+    ) -> None:
+        self._engine, self._seeds, self._step, self._log = engine, seeds, step, log
+        self._objective: WeightedSum = engine.module.objective
+        self._counts = global_counts(self._objective, batches, engine.device)
+        factors = torch.tensor(weights, dtype=torch.float64)
+        factors = factors.to(engine.device, non_blocking=True)
+        self._scale = factors / self._counts * (dist.get_world_size() * len(batches))
+        self._sums = torch.zeros_like(self._counts)
+        self._taken, self._last = 0, len(batches) - 1
+        self._norm: Tensor | None = None
+        self._remembered: list[Features] = []
+
+    def take(self, batch: Batch, teacher: Features) -> None:
+        """Forward and backward of the next micro-batch; the last one updates the weights."""
+        engine = self._engine
+        seed_dropout(*self._seeds, self._step, self._taken, dist.get_rank())
+        totals = engine(batch, teacher)
+        engine.backward((totals * self._scale.to(totals.dtype)).sum())
+        if self._log and self._taken == self._last:
+            self._norm = _plain_grad_norm(engine)
         engine.step()
-        sums += totals.detach()
-    if log and norm is None:
-        norm = engine.get_global_grad_norm()
-    return StepResult(sums, counts, float(norm) if norm is not None else None)
+        self._sums += totals.detach()
+        self._taken += 1
+        if any(type(o).remember is not Objective.remember for o in self._objective.objectives):
+            wanted = self._objective.teacher_features()
+            self._remembered.append({feature: teacher[feature] for feature in wanted})
+
+    def result(self) -> StepResult:
+        """What the step measured, after its last micro-batch; objectives may take note of it."""
+        if self._remembered:
+            projections = dict(self._engine.module.projections.items())
+            self._objective.remember(self._remembered, projections)
+        norm = self._norm
+        if self._log and norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return StepResult(self._sums, self._counts, float(norm) if norm is not None else None)
+
+
+def with_features(
+    teacher: Teacher | None, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, Features]]:
+    """Each batch on the device, with the teacher's features of it, when it is asked for."""
+    for batch in batches:
+        on_device = batch.to(device)
+        yield on_device, teacher.features(on_device) if teacher else {}
+
+
+def train_step(
+    steps: Sequence[StudentStep], micro_batches: Iterable[tuple[Batch, Features]]
+) -> list[StepResult]:
+    """One optimiser update of every student from a rank's micro-batches, teacher's features made
+    once for all of them."""
+    for batch, features in micro_batches:
+        for step in steps:
+            step.take(batch, features)
+    return [step.result() for step in steps]
 
 
 def _plain_grad_norm(engine: Any) -> Tensor | None:
@@ -161,27 +218,49 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
 
 @torch.no_grad()
 def validation_terms(
-    engine: Any, teacher: Teacher | None, batches: Iterable[tuple[Batch, bool]]
-) -> tuple[StepResult, int]:
-    """Sums and counts over the held-out rows, in evaluation mode; modes are left as they were.
+    engines: Sequence[Any], teacher: Teacher | None, batches: Iterable[tuple[Batch, bool]]
+) -> tuple[list[StepResult], int]:
+    """Each student's sums and counts over the held-out rows, in evaluation mode.
+
+    Modes are left as they were.
 
     Returns:
-        This rank's sums with the counts of all ranks, and the rows of all ranks.
+        For each student this rank's sums with the counts of all ranks; the rows of all ranks.
     """
-    module: Distillation = engine.module
+    device = engines[0].device
+    modules: list[Distillation] = [engine.module for engine in engines]
+    terms = [len(module.objective.names) for module in modules]
+    sums = [torch.zeros(number, dtype=torch.float64) for number in terms]
+    counts = [torch.zeros(number, dtype=torch.float64) for number in terms]
+    rows = 0
+    with ExitStack() as evaluating:
+        for module in modules:
+            evaluating.enter_context(evaluation_mode(module))
+        for batch, counted in batches:
+            ((on_device, features),) = with_features(teacher, [batch], device)
+            for number, module in enumerate(modules):
+                totals = module(on_device, features)
+                if counted:
+                    sums[number] += totals.double().cpu()
+                    counts[number] += torch.tensor(module.objective.counts(batch)).double()
+            rows += batch.counts["sequences"] if counted else 0
+    whole = torch.cat([*counts, torch.tensor([float(rows)], dtype=torch.float64)]).to(device)
+    dist.all_reduce(whole)
+    *counts, total = whole.split([*terms, 1])
+    results = [
+        StepResult(own.to(device), count.clamp(min=1), None)
+        for own, count in zip(sums, counts, strict=True)
+    ]
+    return results, int(total)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A block without dropout; the parts that were training train again after it."""
     training = [part for part in module.modules() if part.training]
     module.eval()
-    sums = torch.zeros(len(module.objective.names) * 2 + 1, dtype=torch.float64)
-    for batch, counted in batches:
-        on_device = batch.to(engine.device)
-        totals = module(on_device, teacher.features(on_device) if teacher else {})
-        if counted:
-            counts = [*module.objective.counts(batch), batch.counts["sequences"]]
-            sums += torch.cat([totals.double().cpu(), torch.tensor(counts).double()])
-    for part in training:
-        part.training = True
-    terms = len(module.objective.names)
-    reduced = sums.to(engine.device)[terms:]
-    dist.all_reduce(reduced)
-    result = StepResult(sums[:terms].to(engine.device), reduced[:-1].clamp(min=1), None)
-    return result, int(reduced[-1])
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

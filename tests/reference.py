@@ -138,3 +138,122 @@ def att_kl(
 def val_kl(student: Tensor, teacher: Tensor, lengths: Sequence[int]) -> Tensor:
     """KL of value relations: scores <v_i, v_j> / sqrt(d) (MiniLM). Each model gives its values."""
     return relation_kl((student, student), (teacher, teacher), lengths)
+
+
+def length_of(vector: Tensor) -> Tensor:
+    """The 2-norm of a vector."""
+    return torch.sqrt(dot(vector, vector))
+
+
+def cos(
+    student: Tensor, teacher: Tensor, lengths: Sequence[int], weight: Tensor | None = None
+) -> Tensor:
+    """1 - cosine of hidden states, mean over real tokens (DistilBERT)."""
+    distances = []
+    for own, other, length in zip(student, teacher, lengths, strict=True):
+        for position in range(length):
+            left, right = mapped(own[position], weight), other[position].double()
+            distances.append(1 - dot(left, right) / (length_of(left) * length_of(right)))
+    return mean(distances)
+
+
+def hid_cls_contrast(
+    student: Tensor,
+    teacher: Tensor,
+    memory: Tensor,
+    own_map: Tensor,
+    other_map: Tensor,
+    temperature: float,
+) -> Tensor:
+    """InfoNCE of first tokens: the own teacher vector against those in memory (K, D_T).
+
+    Maps are (width of the model, width of the common space).
+    """
+
+    def unit(vector: Tensor, weight: Tensor) -> Tensor:
+        image = mapped(vector, weight)
+        return image / length_of(image)
+
+    negatives = [unit(vector, other_map) for vector in memory]
+    losses = []
+    for own, other in zip(student, teacher, strict=True):
+        anchor = unit(own[0], own_map)
+        candidates = [unit(other[0], other_map), *negatives]
+        losses.append(-log_softmax([dot(anchor, c) / temperature for c in candidates])[0])
+    return mean(losses)
+
+
+def regrouped(projected: Tensor, relation_heads: int) -> Tensor:
+    """(B, H, L, d) to (B, A, L, H d / A): the heads side by side, cut into A equal parts."""
+    rows, heads, length, size = projected.shape
+    width = heads * size // relation_heads
+    columns = [projected[:, e // size, :, e % size] for e in range(heads * size)]
+    parts = [
+        torch.stack(columns[a * width : (a + 1) * width], dim=-1) for a in range(relation_heads)
+    ]
+    return torch.stack(parts, dim=1)
+
+
+def minilmv2(
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    lengths: Sequence[int],
+    relation_heads: int,
+    relations: Sequence[tuple[str, str, float]],
+) -> Tensor:
+    """Weighted KLs of relations of regrouped heads. Models give query, key, value by name."""
+    total = torch.zeros((), dtype=torch.float64)
+    for left, right, weight in relations:
+        ours, theirs = (
+            (regrouped(model[left], relation_heads), regrouped(model[right], relation_heads))
+            for model in (student, teacher)
+        )
+        total = total + weight * relation_kl(ours, theirs, lengths)
+    return total
+
+
+def one_minus_correlation(own: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """1 - Pearson's r of two lists of scalars; 0 where the second does not vary."""
+    own_mean, other_mean = mean(own), mean(other)
+    variances = [
+        mean([(x - m) ** 2 for x in xs]) for xs, m in ((own, own_mean), (other, other_mean))
+    ]
+    if float(variances[1].detach()) < 1e-20:
+        return 0 * own_mean
+    covariance = mean([(x - own_mean) * (y - other_mean) for x, y in zip(own, other, strict=True)])
+    return 1 - covariance / torch.sqrt(variances[0] * variances[1])
+
+
+def pearson(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    along: str,
+) -> Tensor:
+    """1 - r of attention probabilities along "keys", "queries" or "heads", mean over the rest."""
+    distances = []
+    heads = range(student[0].shape[1])
+    for sequence, length in enumerate(lengths):
+        own, other = (
+            [
+                [
+                    [torch.exp(x) for x in log_softmax(row)]
+                    for row in scores(model[0][sequence, head], model[1][sequence, head], length)
+                ]
+                for head in heads
+            ]
+            for model in (student, teacher)
+        )
+        tokens = range(length)
+        vectors: dict[str, list[list[tuple[int, int, int]]]] = {
+            "keys": [[(h, i, j) for j in tokens] for h in heads for i in tokens],
+            "queries": [[(h, i, j) for i in tokens] for h in heads for j in tokens],
+            "heads": [[(h, i, j) for h in heads] for i in tokens for j in tokens],
+        }
+        for places in vectors[along]:
+            distances.append(
+                one_minus_correlation(
+                    [own[h][i][j] for h, i, j in places], [other[h][i][j] for h, i, j in places]
+                )
+            )
+    return mean(distances)

@@ -1,50 +1,144 @@
 """The one table of objectives, and the parser of `--objective`."""
 
 import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from potstill.errors import InputError
 from pretrain.models import Shape
-from pretrain.objectives.attention import AttKL, AttMSE, ValKL
-from pretrain.objectives.base import LayerPair, Objective, Settings
-from pretrain.objectives.composite import WeightedSum, parse_expression
-from pretrain.objectives.hidden import HidCLS, HidSeq
+from pretrain.objectives.attention import AttKL, AttMSE, MiniLMv2, ValKL
+from pretrain.objectives.base import LayerPair, Objective, Relation, Settings
+from pretrain.objectives.composite import Weight, WeightedSum, parse_expression
+from pretrain.objectives.contrast import HidCLSContrast
+from pretrain.objectives.hidden import Cos, Emb, HidCLS, HidSeq
+from pretrain.objectives.pearson import PearsonHeads, PearsonKeys, PearsonQueries
 from pretrain.objectives.prediction import KD, MLM
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "mlm": MLM,
     "kd": KD,
+    "cos": Cos,
     "hid-cls": HidCLS,
+    "hid-cls-contrast": HidCLSContrast,
     "hid-seq": HidSeq,
+    "emb": Emb,
     "att-mse": AttMSE,
     "att-kl": AttKL,
     "val-kl": ValKL,
+    "minilmv2": MiniLMv2,
+    "pearson-keys": PearsonKeys,
+    "pearson-queries": PearsonQueries,
+    "pearson-heads": PearsonHeads,
 }
 
-SUMS = {"vanilla-kd": "kd+mlm"}  # ACL 2023, section 3
-"""Names that stand for a sum; the terms are logged under their own names."""
+
+@dataclass(frozen=True)
+class Sum:
+    """A name that stands for a sum, and what other flags default to under it."""
+
+    terms: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+SUMS = {
+    "vanilla-kd": Sum("kd+mlm"),  # ACL 2023, section 3
+    # Weights, temperature and positions of the released script (DistilBERT, section 2).
+    "distilbert": Sum("5*kd+2*mlm+cos", {"kd_temperature": 2.0, "kd_positions": "all"}),
+    "minilm": Sum("att-kl+val-kl"),  # MiniLM, section 3
+    "tinybert": Sum("att-mse+hid-seq+emb", {"layers": "uniform"}),  # TinyBERT, section 3.1
+    "etd": Sum("att-mse+hid-seq"),  # Extract then Distill, equation 4
+    "pearson": Sum(
+        "+".join(f"{1 / 3!r}*pearson-{along}" for along in ("keys", "queries", "heads"))
+    ),
+}
+"""The terms of a sum are logged under their own names."""
+
+DEFAULTS = {"layers": "last", "kd_temperature": 1.0, "kd_positions": "masked"}
+"""Flags whose default an objective may change."""
+
+
+def defaults_of(expression: str) -> dict[str, Any]:
+    """What `DEFAULTS` are under an expression.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    named = [SUMS[name].defaults for _, name in parse_expression(expression) if name in SUMS]
+    return {flag: value for part in (DEFAULTS, *named) for flag, value in part.items()}
 
 
 def build_objective(expression: str, settings: Settings) -> WeightedSum:
     """The objective of `--objective EXPR`; a name that comes twice adds up its weights.
 
+    A name is one of `OBJECTIVES` or `SUMS`, or `module.path:Class` of the user's own package.
+
     Raises:
-        InputError: malformed expression, or an unknown name (the nearest ones are given).
+        InputError: malformed expression, an unknown name (the nearest ones are given), or a class
+            that cannot be loaded.
     """
-    weights: dict[str, float] = {}
+    weights: dict[str, Weight] = {}
     for outer, name in parse_expression(expression):
-        _check_name(name)
-        for inner, term in parse_expression(SUMS.get(name, name)):
-            weights[term] = weights.get(term, 0.0) + outer * inner
+        inside = parse_expression(SUMS[name].terms) if name in SUMS else [(Weight(1, 1), name)]
+        for inner, term in inside:
+            weight = outer.times(inner.start)
+            weights[term] = weights[term].plus(weight) if term in weights else weight
     return WeightedSum(
-        tuple(weights), tuple(weights.values()), tuple(OBJECTIVES[n](settings) for n in weights)
+        tuple(weights), tuple(weights.values()), tuple(_class_of(n)(settings) for n in weights)
     )
 
 
-def _check_name(name: str) -> None:
-    known = [*OBJECTIVES, *SUMS]
-    if name not in known:
+def _class_of(name: str) -> type[Objective]:
+    if ":" in name:
+        return _load(name)
+    if name not in OBJECTIVES:
+        known = [*OBJECTIVES, *SUMS]
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise InputError(f"--objective: unknown objective {name!r}; nearest: {', '.join(nearest)}")
+    return OBJECTIVES[name]
+
+
+def _load(name: str) -> type[Objective]:
+    """The user's class `module.path:Class`."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise InputError(
+            f"--objective {name}: {error}; install its package, or put its folder on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise InputError(f"--objective {name}: module {module} has no {attribute}") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise InputError(
+            f"--objective {name}: it is no subclass of pretrain.objectives.base.Objective; "
+            "docs/objectives.md shows how to write one"
+        )
+    if missing := getattr(found, "__abstractmethods__", None):
+        raise InputError(f"--objective {name}: the class lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def parse_relations(expression: str) -> tuple[Relation, ...]:
+    """Relations of `"q-q+k-k+2*q-k"`, their weights divided by the sum of them.
+
+    Raises:
+        InputError: malformed, or sides other than q, k, v.
+    """
+    sides: Mapping[str, Any] = {"q": "query", "k": "key", "v": "value"}
+    terms = [
+        (weight.start, name.split("-"))
+        for weight, name in parse_expression(expression, "--relations")
+    ]
+    total = sum(weight for weight, _ in terms)
+    for _, names in terms:
+        if len(names) != 2 or not set(names) <= set(sides):
+            raise InputError(
+                f"--relations {expression}: {'-'.join(names)!r} is not two of q, k, v with a dash "
+                "between them, such as q-q or q-k"
+            )
+    return tuple(Relation(sides[left], sides[right], w / total) for w, (left, right) in terms)
 
 
 def check_models(objective: WeightedSum, student: Shape, teacher: Shape) -> None:
@@ -54,32 +148,16 @@ def check_models(objective: WeightedSum, student: Shape, teacher: Shape) -> None
         InputError: head counts or vocabularies differ, or widths differ without a projection.
     """
     for name, term in zip(objective.names, objective.objectives, strict=True):
-        layers = [layer for pair in term.settings.pairs for layer in pair]
-        if 0 in layers and {"query", "key", "value"} & set(term.needs):
-            raise InputError(
-                f"--objective {name} compares attention, which layer 0 (the embeddings) has not; "
-                "take --layers from 1 on"
-            )
-        if term.same_heads and student.heads != teacher.heads:
-            raise InputError(
-                f"--objective {name} compares attention heads one by one, but the student has "
-                f"{student.heads} and the teacher {teacher.heads}; give --student_heads "
-                f"{teacher.heads}, or wait for minilmv2, which regroups heads and is not here yet"
-            )
-        if term.uses_teacher and "logits" in term.needs and student.vocab != teacher.vocab:
-            raise InputError(
-                f"--objective {name} compares logits, but the vocabularies differ: student "
-                f"{student.vocab}, teacher {teacher.vocab}"
-            )
-        if (
-            "hidden" in term.needs
-            and term.settings.projection == "none"
-            and student.hidden != teacher.hidden
-        ):
-            raise InputError(
-                f"--objective {name}: widths differ (student {student.hidden}, teacher "
-                f"{teacher.hidden}), so it needs a projection: drop --projection none"
-            )
+        term.check(name, student, teacher)
 
 
-__all__ = ["OBJECTIVES", "SUMS", "LayerPair", "Settings", "build_objective", "check_models"]
+__all__ = [
+    "OBJECTIVES",
+    "SUMS",
+    "LayerPair",
+    "Settings",
+    "build_objective",
+    "check_models",
+    "defaults_of",
+    "parse_relations",
+]

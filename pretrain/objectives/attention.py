@@ -1,6 +1,5 @@
-"""Objectives on attention: `att-mse`, `att-kl`, and the value relation `val-kl`."""
+"""Objectives on attention: `att-mse`, `att-kl`, the value relation `val-kl`, and `minilmv2`."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,41 +8,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind
-from pretrain.objectives.base import Objective, Unit, full_precision
+from pretrain.models import Shape
+from pretrain.objectives.base import Objective, Relation, Unit
+from pretrain.objectives.relation import (
+    Sides,
+    divergence,
+    divergence_lean,
+    squared_error,
+    squared_error_lean,
+)
 
-
-def scores(left: Tensor, right: Tensor) -> Tensor:
-    """Scaled products `left right^T / sqrt(d)` of (B, H, L, d) in float32: (B, H, L, L)."""
-    left, right = full_precision(left), full_precision(right)
-    return torch.matmul(left * (1 / math.sqrt(left.shape[-1])), right.transpose(-2, -1))
-
-
-def relation_kl(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """`KL(softmax(teacher) || softmax(student))` over valid keys, per query.
-
-    Args:
-        student, teacher: scores (B, H, L, L). valid: bool (B, L).
-
-    Returns:
-        (B, H, L); rows of invalid queries hold numbers without meaning.
-    """
-    keys = valid[:, None, None, :]
-    log_student = student.masked_fill(~keys, -math.inf).log_softmax(dim=-1)
-    log_teacher = teacher.masked_fill(~keys, -math.inf).log_softmax(dim=-1)
-    # Where a key is padding both logs are -inf: the difference is filled before it is used.
-    difference = (log_teacher - log_student).masked_fill(~keys, 0)
-    return (log_teacher.exp() * difference).sum(dim=-1)
+QUERY_KEY = (Relation("query", "key", 1.0),)
+VALUE_VALUE = (Relation("value", "value", 1.0),)
 
 
 @dataclass(frozen=True)
-class Relation(Objective):
+class RelationObjective(Objective):
     """A distance of two models' scores among tokens; what all objectives on attention share."""
 
-    same_heads: ClassVar[bool] = True
-    left: ClassVar[Kind]
-    right: ClassVar[Kind]
+    relations: ClassVar[tuple[Relation, ...]]
 
     def total(
         self,
@@ -53,25 +39,42 @@ class Relation(Objective):
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
         total = torch.zeros((), device=batch.valid.device)
-        for pair in self.settings.pairs:
-            ours = scores(
-                student[Feature(self.left, pair.student)],
-                student[Feature(self.right, pair.student)],
-            )
-            theirs = scores(
-                teacher[Feature(self.left, pair.teacher)],
-                teacher[Feature(self.right, pair.teacher)],
-            )
-            total = total + self._distance(ours, theirs, batch)
+        for pair in self.pairs:
+            for left, right, weight in self._relations():
+                ours, theirs = (
+                    Sides(
+                        self._heads(features[Feature(left, layer)]),
+                        self._heads(features[Feature(right, layer)]),
+                    )
+                    for features, layer in ((student, pair.student), (teacher, pair.teacher))
+                )
+                total = total + weight * self._distance(ours, theirs, batch)
         return total
 
+    def check(self, name: str, student: Shape, teacher: Shape) -> None:
+        """Heads are compared one by one, so there must be as many in both models."""
+        super().check(name, student, teacher)
+        if student.heads != teacher.heads:
+            raise InputError(
+                f"--objective {name} compares attention heads one by one, but the student has "
+                f"{student.heads} and the teacher {teacher.heads}; give --student_heads "
+                f"{teacher.heads}, or take --objective minilmv2, which regroups heads"
+            )
+
+    def _relations(self) -> tuple[Relation, ...]:
+        return self.relations
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """Heads of one model as they are compared: (B, H, L, d)."""
+        return projected
+
     @abstractmethod
-    def _distance(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """The distance of scores (B, H, L, L), summed over the units, averaged over heads."""
+    def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
+        """The distance of the scores, summed over the units, averaged over heads."""
 
 
 @dataclass(frozen=True)
-class AttMSE(Relation):
+class AttMSE(RelationObjective):
     """Squared error of attention scores before softmax (ACL 2023, section 3).
 
     Mean over heads and valid (query, key) pairs, so padding never counts.
@@ -81,26 +84,23 @@ class AttMSE(Relation):
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key")
     unit: ClassVar[Unit] = "pairs"
-    left: ClassVar[Kind] = "query"
-    right: ClassVar[Kind] = "key"
+    relations: ClassVar[tuple[Relation, ...]] = QUERY_KEY
 
-    def _distance(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        error = (student - teacher).square()
-        if not batch.full:
-            pairs = batch.valid[:, None, :, None] & batch.valid[:, None, None, :]
-            error = error.masked_fill(~pairs, 0)
-        return error.sum() / error.shape[1]
+    def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
+        lean = self.settings.lean(student.left.shape[2])
+        valid = None if batch.full else batch.valid
+        return (squared_error_lean if lean else squared_error)(student, teacher, valid)
 
 
 @dataclass(frozen=True)
-class RelationKL(Relation):
-    """KL divergence of two models' relations among tokens; what `att-kl` and `val-kl` share."""
+class RelationKL(RelationObjective):
+    """KL divergence of two models' relations among tokens."""
 
     unit: ClassVar[Unit] = "tokens"  # a distribution for every valid query
 
-    def _distance(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        divergence = relation_kl(student, teacher, batch.valid).mean(dim=1)
-        return divergence.masked_fill(~batch.valid, 0).sum()
+    def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
+        lean = self.settings.lean(student.left.shape[2])
+        return (divergence_lean if lean else divergence)(student, teacher, batch.valid)
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ class AttKL(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key")
-    left: ClassVar[Kind] = "query"
-    right: ClassVar[Kind] = "key"
+    relations: ClassVar[tuple[Relation, ...]] = QUERY_KEY
 
 
 @dataclass(frozen=True)
@@ -123,5 +122,44 @@ class ValKL(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("value",)
-    left: ClassVar[Kind] = "value"
-    right: ClassVar[Kind] = "value"
+    relations: ClassVar[tuple[Relation, ...]] = VALUE_VALUE
+
+
+@dataclass(frozen=True)
+class MiniLMv2(RelationKL):
+    """KL divergences of relations among regrouped heads (MiniLMv2, section 3).
+
+    The heads of a projection are laid side by side, (B, L, D), and cut into `relation_heads`
+    equal parts, so that models of different heads and widths can be compared.
+
+    Features: the kinds that `relations` names, (B, H, L, d) of both models.
+    """
+
+    needs: ClassVar[tuple[Kind, ...]] = ("query", "key", "value")
+
+    def student_features(self) -> frozenset[Feature]:
+        return frozenset(f for f in super().student_features() if f.kind in self._kinds())
+
+    def teacher_features(self) -> frozenset[Feature]:
+        return frozenset(f for f in super().teacher_features() if f.kind in self._kinds())
+
+    def check(self, name: str, student: Shape, teacher: Shape) -> None:
+        Objective.check(self, name, student, teacher)
+        heads = self.settings.relation_heads
+        for who, width in (("student", student.hidden), ("teacher", teacher.hidden)):
+            if width % heads:
+                both = [n for n in range(1, 129) if not (student.hidden % n or teacher.hidden % n)]
+                raise InputError(
+                    f"--relation_heads {heads} does not divide the {who}'s hidden size {width}; "
+                    f"what divides both: {', '.join(map(str, both))}"
+                )
+
+    def _kinds(self) -> set[Kind]:
+        return {side for relation in self._relations() for side in relation[:2]}
+
+    def _relations(self) -> tuple[Relation, ...]:
+        return self.settings.relations
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        together = projected.transpose(1, 2).flatten(2)
+        return together.unflatten(2, (self.settings.relation_heads, -1)).transpose(1, 2)

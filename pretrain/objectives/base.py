@@ -1,18 +1,27 @@
 """What every objective is: a frozen object that names the features it wants and returns sums."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind, Positions
 from pretrain.models import Shape
 
 Unit = Literal["sequences", "tokens", "masked", "pairs"]
 ProjectionMode = Literal["auto", "always", "none"]
+Form = Literal["auto", "plain", "lean"]
+
+LEAN_FROM = 512
+"""Tokens in a row from which `auto` takes the memory-lean form of objectives on attention.
+
+Measured by `benchmarks/lean_forms.py`: below, the plain form is as fast or faster, and its
+L x L tensors are small.
+"""
 
 
 class LayerPair(NamedTuple):
@@ -20,6 +29,21 @@ class LayerPair(NamedTuple):
 
     student: int
     teacher: int
+
+
+class Relation(NamedTuple):
+    """Scaled dot products of two kinds of projections, and their weight in `minilmv2`."""
+
+    left: Kind
+    right: Kind
+    weight: float
+
+
+SELF_RELATIONS = (
+    Relation("query", "query", 1 / 3),
+    Relation("key", "key", 1 / 3),
+    Relation("value", "value", 1 / 3),
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +54,28 @@ class Settings:
         pairs: the mapped layers.
         temperature, positions: of `kd`.
         projection: where a learned map W from the student's to the teacher's width stands.
+        relation_heads, relations: of `minilmv2`.
+        negatives, contrast_temperature, contrast_width: of `hid-cls-contrast`: vectors in its
+            memory, temperature, and width of the space in which vectors are compared.
+        form: how objectives on attention are computed; `auto` goes by the length of a row.
+        chunked_logits: whether `kd` computes the logits of both models a few rows at a time.
     """
 
     pairs: tuple[LayerPair, ...]
     temperature: float = 1.0
     positions: Positions = "masked"
     projection: ProjectionMode = "auto"
+    relation_heads: int = 48
+    relations: tuple[Relation, ...] = SELF_RELATIONS
+    negatives: int = 4096
+    contrast_temperature: float = 0.07
+    contrast_width: int = 128
+    form: Form = "auto"
+    chunked_logits: bool = False
+
+    def lean(self, length: int) -> bool:
+        """Whether rows of `length` tokens get the memory-lean form."""
+        return self.form == "lean" or (self.form == "auto" and length >= LEAN_FROM)
 
 
 @dataclass(frozen=True)
@@ -47,31 +87,43 @@ class Objective(ABC):
         unit: what the definition's mean runs over, besides heads and width (which `total`
             averages itself): an entry of `Batch.counts`.
         uses_teacher: whether it learns from a teacher at all.
-        same_heads: whether both models must have the same number of heads.
     """
 
     settings: Settings
     needs: ClassVar[tuple[Kind, ...]]
     unit: ClassVar[Unit]
     uses_teacher: ClassVar[bool] = True
-    same_heads: ClassVar[bool] = False
 
     @property
     def counted(self) -> Unit:
         """The unit of this instance; some depend on the settings."""
         return self.unit
 
+    @property
+    def pairs(self) -> tuple[LayerPair, ...]:
+        """The layers that this objective compares."""
+        return self.settings.pairs
+
     def student_features(self) -> frozenset[Feature]:
         """The features that the student must give."""
-        return frozenset(
-            Feature(kind, pair.student) for kind in self.needs for pair in self.settings.pairs
-        )
+        return frozenset(Feature(kind, pair.student) for kind in self.needs for pair in self.pairs)
 
     def teacher_features(self) -> frozenset[Feature]:
         """The features that the teacher must give."""
-        return frozenset(
-            Feature(kind, pair.teacher) for kind in self.needs for pair in self.settings.pairs
-        )
+        return frozenset(Feature(kind, pair.teacher) for kind in self.needs for pair in self.pairs)
+
+    def check(self, name: str, student: Shape, teacher: Shape) -> None:
+        """Refuse a pair of models that this objective cannot compare; `name` is the user's.
+
+        Raises:
+            InputError: attention of layer 0 is wanted, the embeddings, which have none.
+        """
+        layers = [layer for pair in self.pairs for layer in pair]
+        if 0 in layers and {"query", "key", "value"} & set(self.needs):
+            raise InputError(
+                f"--objective {name} compares attention, which layer 0 (the embeddings) has not; "
+                "take --layers from 1 on"
+            )
 
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:
         """The learned maps that this objective needs, by a name of their own."""
@@ -89,6 +141,15 @@ class Objective(ABC):
 
         Returns:
             A float32 scalar (float64 for float64 features).
+        """
+
+    def remember(  # noqa: B027  (most objectives have nothing to remember)
+        self, teacher: Sequence[Features], projections: Mapping[str, nn.Module]
+    ) -> None:
+        """Take note of a finished step, given the teacher's features of its micro-batches.
+
+        All ranks call it once per step. What it changes must be a buffer of a module in
+        `projections`, which checkpoints hold, and the same on every rank.
         """
 
 

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +15,62 @@ from pretrain.features import Feature, Features
 from pretrain.models import Shape
 from pretrain.objectives.base import Objective
 
-_TERM = re.compile(r"(?:(?P<weight>[0-9.]+(?:e[+-]?[0-9]+)?)\s*\*\s*)?(?P<name>[a-z][a-z0-9-]*)")
+_NUMBER = r"[0-9.]+(?:e[+-]?[0-9]+)?"
+_NAME = r"[A-Za-z][\w-]*(?:\.\w+)*(?::[A-Za-z_]\w*)?"
+_TERM = re.compile(
+    rf"\s*(?:(?P<start>{_NUMBER})(?::(?P<end>{_NUMBER}))?\s*\*\s*)?(?P<name>{_NAME})\s*(?:\+|$)"
+)
 
 
-def parse_expression(expression: str) -> list[tuple[float, str]]:
-    """Weights and names of `"0.5*kd+mlm+hid-seq"`.
+class Weight(NamedTuple):
+    """A term's weight, going linearly from `start` to `end` over the run."""
+
+    start: float
+    end: float
+
+    def at(self, share: float) -> float:
+        """The weight when `share` of the run, 0 … 1, is done."""
+        return self.start + (self.end - self.start) * min(share, 1.0)
+
+    def times(self, factor: float) -> "Weight":
+        """The weight of a part of the term."""
+        return Weight(self.start * factor, self.end * factor)
+
+    def plus(self, other: "Weight") -> "Weight":
+        """The weight of a term that stands twice."""
+        return Weight(self.start + other.start, self.end + other.end)
+
+
+def parse_expression(expression: str, flag: str = "--objective") -> list[tuple[Weight, str]]:
+    """Weights and names of `"0.5*kd+mlm+1:0*hid-seq"`; `1:0` goes from 1 to 0 over the run.
 
     Raises:
-        InputError: not a sum of `NAME` or `WEIGHT*NAME`.
+        InputError: not a sum of `NAME`, `WEIGHT*NAME` or `FROM:TO*NAME`.
     """
-    terms = []
-    for part in expression.split("+"):
-        match = _TERM.fullmatch(part.strip())
-        try:
-            weight = float(match["weight"] or 1) if match else 0.0
-        except ValueError:
-            match = None
-        if match is None or not 0 < weight < math.inf:
+    terms: list[tuple[Weight, str]] = []
+    rest = expression
+    while not terms or rest or expression.endswith("+"):
+        match = _TERM.match(rest)
+        weight = _weight(match) if match else None
+        if match is None or weight is None:
             raise InputError(
-                f"--objective {expression!r}: {part.strip()!r} is not NAME or WEIGHT*NAME with a "
-                "positive weight; write for example att-mse, or '0.5*kd+mlm'"
+                f"{flag} {expression!r}: {rest.strip()!r} does not begin with NAME, WEIGHT*NAME or "
+                "FROM:TO*NAME with positive weights; write for example att-mse, '0.5*kd+mlm', or "
+                "'1:0*kd+mlm'"
             )
         terms.append((weight, match["name"]))
+        rest = rest[match.end() :]
     return terms
+
+
+def _weight(match: re.Match[str]) -> Weight | None:
+    try:
+        start = float(match["start"] or 1)
+        weight = Weight(start, float(match["end"] or start))
+    except ValueError:  # two points in a number
+        return None
+    fine = min(weight) >= 0 and 0 < max(weight) < math.inf
+    return weight if fine else None
 
 
 @dataclass(frozen=True)
@@ -44,13 +78,17 @@ class WeightedSum:
     """`sum_i weight_i * objective_i`, each term known by its name."""
 
     names: tuple[str, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     objectives: tuple[Objective, ...]
 
     @property
     def uses_teacher(self) -> bool:
         """Whether any term learns from a teacher."""
         return any(objective.uses_teacher for objective in self.objectives)
+
+    def weights_at(self, share: float) -> list[float]:
+        """The terms' weights when `share` of the run, 0 … 1, is done."""
+        return [weight.at(share) for weight in self.weights]
 
     def student_features(self) -> frozenset[Feature]:
         """All features that the student must give."""
@@ -80,3 +118,8 @@ class WeightedSum:
     def counts(self, batch: Batch) -> list[int]:
         """Each term's number of units in a batch."""
         return [batch.counts[objective.counted] for objective in self.objectives]
+
+    def remember(self, teacher: Sequence[Features], projections: Mapping[str, nn.Module]) -> None:
+        """Let the terms take note of a finished step; see `Objective.remember`."""
+        for objective in self.objectives:
+            objective.remember(teacher, projections)

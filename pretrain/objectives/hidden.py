@@ -1,4 +1,4 @@
-"""Objectives on hidden states: `hid-cls` and `hid-seq` (ACL 2023, section 3)."""
+"""Objectives on hidden states: `hid-cls`, `hid-seq`, `emb` and `cos`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind
 from pretrain.models import Shape
@@ -15,13 +17,24 @@ from pretrain.objectives.base import LayerPair, Objective, Unit, full_precision
 
 @dataclass(frozen=True)
 class HiddenObjective(Objective):
-    """`MSE(h^S W, h^T)`: what `hid-cls` and `hid-seq` share. W maps student to teacher width."""
+    """A distance of `h^S W` and `h^T` per token. W maps from the student's to the teacher's width.
+
+    It is there where the setting `projection` says, one for every pair of layers.
+    """
 
     needs: ClassVar[tuple[Kind, ...]] = ("hidden",)
     name: ClassVar[str]
 
     def _key(self, pair: LayerPair) -> str:
         return f"{self.name}_{pair.student}_{pair.teacher}"
+
+    def check(self, name: str, student: Shape, teacher: Shape) -> None:
+        super().check(name, student, teacher)
+        if self.settings.projection == "none" and student.hidden != teacher.hidden:
+            raise InputError(
+                f"--objective {name}: widths differ (student {student.hidden}, teacher "
+                f"{teacher.hidden}), so it needs a projection: drop --projection none"
+            )
 
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:
         wanted = self.settings.projection == "always" or (
@@ -31,31 +44,36 @@ class HiddenObjective(Objective):
             return {}
         return {
             self._key(pair): nn.Linear(student.hidden, teacher.hidden, bias=False)
-            for pair in self.settings.pairs
+            for pair in self.pairs
         }
 
-    def _errors(
+    def _distances(
         self, student: Features, teacher: Features, projections: Mapping[str, nn.Module]
     ) -> Tensor:
-        """Squared errors averaged over the width and summed over the layer pairs: (B, L')."""
-        errors = []
-        for pair in self.settings.pairs:
+        """Distances of the tokens that count, summed over the layer pairs: (B, L')."""
+        distances = []
+        for pair in self.pairs:
             ours = self._tokens(student[Feature("hidden", pair.student)])
             theirs = self._tokens(teacher[Feature("hidden", pair.teacher)])
             if self._key(pair) in projections:
                 ours = projections[self._key(pair)](ours)
-            error = full_precision(ours) - full_precision(theirs)
-            errors.append(error.square().mean(dim=-1))
-        return torch.stack(errors).sum(dim=0)
+            distances.append(self._distance(full_precision(ours), full_precision(theirs)))
+        return torch.stack(distances).sum(dim=0)
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         """The tokens that count, (B, L', D)."""
         return hidden
 
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Per token, (B, L'), of vectors (B, L', D): squared error, averaged over the width."""
+        return (student - teacher).square().mean(dim=-1)
+
 
 @dataclass(frozen=True)
 class HidCLS(HiddenObjective):
     """Squared error of the first token's hidden state, mean over sequences and width.
+
+    ACL 2023, section 3.
 
     Features: hidden (B, L, D) of both models.
     """
@@ -73,12 +91,14 @@ class HidCLS(HiddenObjective):
         batch: Batch,
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        return self._errors(student, teacher, projections).sum()
+        return self._distances(student, teacher, projections).sum()
 
 
 @dataclass(frozen=True)
 class HidSeq(HiddenObjective):
     """Squared error of the hidden states of all valid tokens, mean over tokens and width.
+
+    ACL 2023, section 3.
 
     Features: hidden (B, L, D) of both models.
     """
@@ -93,5 +113,29 @@ class HidSeq(HiddenObjective):
         batch: Batch,
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        errors = self._errors(student, teacher, projections)
-        return errors.masked_fill(~batch.valid, 0).sum()
+        distances = self._distances(student, teacher, projections)
+        return distances.masked_fill(~batch.valid, 0).sum()
+
+
+@dataclass(frozen=True)
+class Emb(HidSeq):
+    """`hid-seq` of the embedding output, whatever layers are mapped (TinyBERT, section 3.1)."""
+
+    name: ClassVar[str] = "emb"
+
+    @property
+    def pairs(self) -> tuple[LayerPair, ...]:
+        return (LayerPair(0, 0),)
+
+
+@dataclass(frozen=True)
+class Cos(HidSeq):
+    """`1 - cosine(h^S W, h^T)`, mean over all valid tokens (DistilBERT, section 2).
+
+    Features: hidden (B, L, D) of both models.
+    """
+
+    name: ClassVar[str] = "cos"
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return 1 - functional.cosine_similarity(student, teacher, dim=-1)

@@ -2,14 +2,31 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from potstill.errors import InputError
 from pretrain.batches import Batch
-from pretrain.features import Feature, Features, Kind
-from pretrain.objectives.base import Objective, Unit, full_precision
+from pretrain.features import Feature, Features, Kind, Predictions
+from pretrain.models import Shape
+from pretrain.objectives.base import Form, Objective, Unit, full_precision
+
+CHUNK = 2**25
+"""Logits of one model that chunked `kd` has in memory at a time: 128 MiB in float32."""
+
+
+def chunk_logits(form: Form, logits: float) -> bool:
+    """Whether `kd` computes its logits in chunks, given how many numbers one model's are.
+
+    `auto` does where the plain form's tensors, four of that size in float32, are over 2 GiB;
+    chunks cost the head's forward pass once more.
+    """
+    return form == "lean" or (form == "auto" and 4 * 4 * logits > 2**31)
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class KD(Objective):
 
     ACL 2023, section 3 ("prediction layer transfer"). Mean over the masked or all valid tokens.
 
-    Features: logits (P, V) of both models.
+    Features: logits (P, V) of both models, or, in chunks, what they are computed from.
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("logits",)
@@ -57,10 +74,17 @@ class KD(Objective):
         return "masked" if self.settings.positions == "masked" else "tokens"
 
     def student_features(self) -> frozenset[Feature]:
-        return frozenset({Feature("logits", self.settings.positions)})
+        return frozenset({self._feature})
 
     def teacher_features(self) -> frozenset[Feature]:
         return self.student_features()
+
+    def check(self, name: str, student: Shape, teacher: Shape) -> None:
+        if student.vocab != teacher.vocab:
+            raise InputError(
+                f"--objective {name} compares logits, but the vocabularies differ: student "
+                f"{student.vocab}, teacher {teacher.vocab}"
+            )
 
     def total(
         self,
@@ -69,8 +93,42 @@ class KD(Objective):
         batch: Batch,
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        feature = Feature("logits", self.settings.positions)
-        temperature = self.settings.temperature
-        target = (full_precision(teacher[feature]) / temperature).softmax(-1)
-        log_probabilities = (full_precision(student[feature]) / temperature).log_softmax(-1)
-        return -(target * log_probabilities).sum() * temperature**2
+        ours, theirs = student[self._feature], teacher[self._feature]
+        if isinstance(ours, Predictions) and isinstance(theirs, Predictions):
+            return _soft_cross_entropy_in_chunks(ours, theirs, self.settings.temperature)
+        return soft_cross_entropy(ours, theirs, self.settings.temperature)
+
+    @property
+    def _feature(self) -> Feature:
+        kind: Kind = "predictions" if self.settings.chunked_logits else "logits"
+        return Feature(kind, self.settings.positions)
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`CE(softmax(z^T/t), log_softmax(z^S/t)) * t^2` of logits (P, V), summed over positions."""
+    target = (full_precision(teacher) / temperature).softmax(-1)
+    log_probabilities = (full_precision(student) / temperature).log_softmax(-1)
+    return -(target * log_probabilities).sum() * temperature**2
+
+
+def _soft_cross_entropy_in_chunks(
+    student: Predictions, teacher: Predictions, temperature: float
+) -> Tensor:
+    """The same, exactly, with the logits of a few positions at a time, again in backward."""
+
+    def loss(target_hidden: Tensor, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher.head(target_hidden)
+        return soft_cross_entropy(student.head(hidden), target, temperature)
+
+    rows = max(1, CHUNK // student.vocab)
+    losses = []
+    for hidden, target_hidden in zip(
+        student.hidden.split(rows), teacher.hidden.split(rows), strict=True
+    ):
+        # Bound, not an argument: a checkpoint saves arguments, and cannot save inference tensors.
+        chunk = partial(loss, target_hidden)
+        if torch.is_grad_enabled():  # no dropout in an MLM head: no random state to restore
+            chunk = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+        losses.append(chunk(hidden))
+    return torch.stack(losses).sum()

@@ -1,6 +1,7 @@
 """Layer choices: which teacher layers a student starts from, and which it learns from."""
 
 import re
+from typing import NamedTuple
 
 from potstill.errors import InputError
 from pretrain.objectives.base import LayerPair
@@ -8,7 +9,19 @@ from pretrain.objectives.base import LayerPair
 NAMED_INITS = ("random", "first", "last", "uniform", "alternate")
 
 
-def layers_to_copy(init: str, student_layers: int, teacher_layers: int) -> list[int]:
+class Flags(NamedTuple):
+    """What the calling program's flags for the layer choice and the depth are called."""
+
+    choice: str
+    depth: str
+
+
+TRAINER = Flags("--init", "--student_layers")
+
+
+def layers_to_copy(
+    init: str, student_layers: int, teacher_layers: int, flags: Flags = TRAINER
+) -> list[int]:
     """The teacher layers (from 1) that initialise the student's layers, in order.
 
     `first` is 1..M; `last` N-M+1..N (ETD's "top"); `uniform` floor(iN/M) (ETD, section 3.2);
@@ -19,8 +32,8 @@ def layers_to_copy(init: str, student_layers: int, teacher_layers: int) -> list[
     """
     if not 0 < student_layers <= teacher_layers:
         raise InputError(
-            f"--student_layers {student_layers}: a student that starts from teacher layers needs "
-            f"1 to {teacher_layers} layers; use --init random for another depth"
+            f"{flags.depth} {student_layers}: a student that starts from teacher layers needs "
+            f"1 to {teacher_layers} layers; use {flags.choice} random for another depth"
         )
     if init == "first":
         return list(range(1, student_layers + 1))
@@ -29,34 +42,36 @@ def layers_to_copy(init: str, student_layers: int, teacher_layers: int) -> list[
     if init == "uniform":
         return [i * teacher_layers // student_layers for i in range(1, student_layers + 1)]
     if init == "alternate":
-        return _alternate(student_layers, teacher_layers)
-    return _explicit(init, student_layers, teacher_layers)
+        return _alternate(student_layers, teacher_layers, flags)
+    return _explicit(init, student_layers, teacher_layers, flags)
 
 
-def _alternate(student_layers: int, teacher_layers: int) -> list[int]:
+def _alternate(student_layers: int, teacher_layers: int, flags: Flags) -> list[int]:
     """1,3,5,8,10,12 of 12 (DistilBERT's script); other depths: every second one from 1."""
     chosen = [1, 3, 5, 8, 10, 12] if teacher_layers == 12 else [*range(1, teacher_layers + 1, 2)]
     if student_layers != len(chosen):
         raise InputError(
-            f"--init alternate takes {len(chosen)} of {teacher_layers} teacher layers, but the "
-            f"student has {student_layers}; give --student_layers {len(chosen)}, or --init uniform"
+            f"{flags.choice} alternate takes {len(chosen)} of {teacher_layers} teacher layers, but "
+            f"the student has {student_layers}; give {flags.depth} {len(chosen)}, or "
+            f"{flags.choice} uniform"
         )
     return chosen
 
 
-def _explicit(init: str, student_layers: int, teacher_layers: int) -> list[int]:
+def _explicit(init: str, student_layers: int, teacher_layers: int, flags: Flags) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", init):
         raise InputError(
-            f"--init {init!r} is neither one of {', '.join(NAMED_INITS)} nor a list such as 1,8,12"
+            f"{flags.choice} {init!r} is neither one of {', '.join(NAMED_INITS)} nor a list such "
+            "as 1,8,12"
         )
     chosen = [int(number) for number in init.split(",")]
     if len(chosen) != student_layers:
         raise InputError(
-            f"--init {init} names {len(chosen)} teacher layers, but the student has "
-            f"{student_layers} (--student_layers)"
+            f"{flags.choice} {init} names {len(chosen)} teacher layers, but the student has "
+            f"{student_layers} ({flags.depth})"
         )
     if not all(1 <= number <= teacher_layers for number in chosen):
-        raise InputError(f"--init {init}: the teacher's layers are 1 to {teacher_layers}")
+        raise InputError(f"{flags.choice} {init}: the teacher's layers are 1 to {teacher_layers}")
     return chosen
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from potstill.errors import InputError
 from pretrain.config import PRESETS, Config, parse_config
+from pretrain.objectives import build_objective
 from tests.launch import flags
 
 NEEDED = {"data": "shards", "objective": "att-mse", "output": "run", "ds_config": "cpu.json"}
@@ -37,12 +38,56 @@ def test_a_preset_may_hold_what_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_ready_preset_parses_by_name(path: Path) -> None:
-    settings = json.loads(path.read_text())["settings"]
-    config = parse_config(
-        [*flags(preset=path.stem, data="shards", output="run", ds_config="cpu.json")]
+    preset = json.loads(path.read_text())
+    settings = preset["settings"]
+    base = (
+        json.loads((PRESETS / f"{preset['extends']}.json").read_text())
+        if "extends" in preset
+        else {}
     )
-    identity = config.identity()
-    assert {name: identity[name] for name in settings} == settings
+    steps = None if "max_steps" in settings or base else 7  # some papers give no number of steps
+    given = flags(preset=path.stem, data="s", output="r", ds_config="c.json", max_steps=steps)
+    config = parse_config(given)
+    identity, expected = config.identity(), base.get("settings", {}) | settings
+    assert {name: identity[name] for name in expected} == expected
+    build_objective(str(config.objective.objective), config.objective.settings(()))
+
+
+def test_a_preset_stands_on_the_one_that_it_extends(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"extends": "htd-att-mse-6x768", "settings": {"lr": 1e-4}}))
+    config = parse_config(flags(preset=path, data="s", output="r", ds_config="c.json"))
+    assert (config.schedule.lr, config.schedule.max_steps) == (1e-4, 100_000)
+    path.write_text(json.dumps({"extends": "../config", "settings": {}}))
+    with pytest.raises(InputError, match="own.json: extends '../config', which is no preset"):
+        parse(preset=path)
+
+
+def test_rows_of_the_acl_tables_differ_in_objective_and_start_only() -> None:
+    """Table 2 has eight objectives of the paper's own, Table 4 four of them with `first`."""
+    rows = {p.stem: json.loads(p.read_text()) for p in PRESETS.glob("htd-*.json")}
+    extending = [row for row in rows.values() if "extends" in row]
+    assert len(rows) == 12 and len(extending) == 11
+    assert all(row["extends"] == "htd-att-mse-6x768" for row in extending)
+    assert sum(row["settings"].get("init") == "first" for row in extending) == 4
+    assert {name for row in extending for name in row["settings"]} <= {"objective", "init"}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"objective": "att-mse"}, ("last", 1.0, "masked")),
+        ({"objective": "distilbert"}, ("last", 2.0, "all")),
+        ({"objective": "tinybert+0.1*kd"}, ("uniform", 1.0, "masked")),
+        ({"objective": "distilbert", "kd_positions": "masked"}, ("last", 2.0, "masked")),
+        ({"objective": "tinybert", "layers": "1:2"}, ("1:2", 1.0, "masked")),
+    ],
+)
+def test_an_objective_may_change_a_default_but_never_a_flag(
+    given: dict[str, Any], found: tuple[str, float, str]
+) -> None:
+    chosen = parse(**given).objective.defaulted
+    assert (chosen["layers"], chosen["kd_temperature"], chosen["kd_positions"]) == found
 
 
 def test_the_acl_preset_is_the_papers_recipe() -> None:

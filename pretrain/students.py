@@ -1,0 +1,227 @@
+"""Several students in one run: what `--students FILE.json` says, and how far each of them is.
+
+    {"uniform": {"init": "uniform", "lr": 1e-3}, "narrow": {"student_hidden": 192}}
+
+A student's settings stand on top of the command line's. Its folder OUTPUT/students/NAME is that
+of a run of its own; a lone run is a group of one, whose folder is OUTPUT itself. Data, teacher,
+steps, batch and precision are common to all.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from potstill.errors import InputError, TrainingError
+from pretrain.checkpoint import find_checkpoint, whole_checkpoints
+from pretrain.config import Config
+
+FOLDER = "students"
+STOPPED = "stopped"
+"""The event in a student's metrics.jsonl that says that its loss was not finite."""
+
+_SECTIONS = ("student", "objective", "schedule")
+_LENGTH = frozenset({"max_steps", "max_hours", "schedule"})  # common, though in a section of ours
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Stop(NamedTuple):
+    """Where a student stopped alone: the step whose loss was not finite, and that loss."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a run, as it is told: its name ("" in a lone run) and its own settings."""
+
+    name: str
+    config: Config
+    file: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this student's files."""
+        return Path(str(self.config.run.output))
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """A block whose input errors say whose settings they are about."""
+        try:
+            yield
+        except InputError as error:
+            if self.file is None:
+                raise
+            raise InputError(f"--students {self.file}: student {self.name!r}: {error}") from error
+
+
+def read_members(config: Config) -> tuple[Member, ...]:
+    """The students of a run, in the file's order; without `--students` the one there is.
+
+    Raises:
+        InputError: the file is unreadable, names no student, or one of them has a name or a
+            setting that it cannot have.
+    """
+    if config.run.students is None:
+        return (Member("", config),)
+    source = config.run.students
+    if config.run.resume not in ("auto", "never"):
+        raise InputError(
+            f"--resume {config.run.resume}: with --students only auto and never, since each "
+            "student has checkpoints of its own"
+        )
+    members = []
+    for name, settings in _read_file(source).items():
+        with Member(name, config, source).blamed():
+            members.append(Member(name, _own_config(config, name, settings), source))
+    return tuple(members)
+
+
+def _read_file(source: str) -> dict[str, Any]:
+    """Settings by name, as they stand in the file."""
+    try:
+        students = json.loads(Path(source).read_text(), object_pairs_hook=_unique)
+    except OSError as error:
+        raise InputError(f"--students {source}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"--students {source}: not valid JSON ({error})") from error
+    if not isinstance(students, dict) or not students:
+        raise InputError(
+            f'--students {source}: must be {{"NAME": {{"FLAG": VALUE}}}} with at least one student'
+        )
+    folders: dict[str, str] = {}
+    for name in students:
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"--students {source}: student {name!r} cannot be a folder's name; use letters, "
+                "digits, '.', '_' and '-', a letter or digit first"
+            )
+        other = folders.setdefault(name.lower(), name)
+        if other != name:
+            raise InputError(
+                f"--students {source}: students {other!r} and {name!r} would share a folder where "
+                "upper and lower case are one; rename one of them"
+            )
+    return students
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands twice, plain parsing would silently keep the last."""
+    for name, _ in pairs:
+        if sum(other == name for other, _ in pairs) > 1:
+            raise ValueError(f"{name!r} stands there twice; rename or remove one")
+    return dict(pairs)
+
+
+def _own_config(config: Config, name: str, settings: Any) -> Config:
+    """What a lone run of this student would be told: its settings on top of the command line's."""
+    if not isinstance(settings, dict):
+        raise InputError(f'{settings!r} must be an object of settings: {{"init": "uniform"}}')
+    known = {
+        field.name: section
+        for section in _SECTIONS
+        for field in fields(getattr(config, section))
+        if field.name not in _LENGTH
+    }
+    changes: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    for flag, value in settings.items():
+        if flag not in known:
+            raise InputError(_not_a_setting(flag, config, known))
+        kind = get_type_hints(type(getattr(config, known[flag])))[flag]
+        if not _fits(value, kind):
+            raise InputError(f"{flag} {json.dumps(value)} must be {_describe(kind)}")
+        fraction = type(value) is int and float in (kind, *get_args(kind))
+        changes[known[flag]][flag] = float(value) if fraction else value
+    parts = {part: replace(getattr(config, part), **changes[part]) for part in _SECTIONS}
+    output = str(Path(str(config.run.output)) / FOLDER / name)
+    return replace(config, run=replace(config.run, output=output, students=None), **parts)
+
+
+def _not_a_setting(name: str, config: Config, known: Mapping[str, str]) -> str:
+    if any(hasattr(getattr(config, part.name), name) for part in fields(config)):
+        return f"{name} is common to all students; give it on the command line: --{name}"
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+    return f"{name} is no setting of a student; nearest: {', '.join(nearest)}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has the type of a config field; whole numbers pass for fractions."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is float and type(value) is int:
+        return True
+    return type(value) is kind
+
+
+def _describe(kind: Any) -> str:
+    """A config field's type in words for people who write JSON."""
+    if get_origin(kind) is Literal:
+        return " or ".join(json.dumps(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind, "null")
+
+
+def where_stopped(member: Member) -> Stop | None:
+    """Where a student of a group stopped alone, if it did; a lone run may always try again."""
+    path = member.folder / "metrics.jsonl"
+    if member.file is None or not path.exists():
+        return None
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a line that was torn by a kill
+            continue
+        if entry.get("event") == STOPPED:
+            return Stop(entry["step"], entry["loss"])
+    return None
+
+
+def check_all_done(stopped: Mapping[str, Stop]) -> None:
+    """At the end of a run: no student may have stopped on the way.
+
+    Raises:
+        TrainingError: the students that did, where, and what to do.
+    """
+    remedy = "a lower lr or a longer warmup, in a run with another --output"
+    if "" in stopped:  # a lone run
+        step, loss = stopped[""]
+        raise TrainingError(
+            f"the loss of step {step} is {loss}; nothing of it is saved. Its last checkpoint "
+            f"stays, and the same command tries again from there; or give {remedy}"
+        )
+    if stopped:
+        where = ", ".join(f"{name} (step {s.step}: {s.loss})" for name, s in stopped.items())
+        raise TrainingError(
+            f"the loss was not finite and stopped {where}; their last checkpoints stay, the other "
+            f"students are done. Give those {remedy}"
+        )
+
+
+def find_checkpoints(members: Sequence[Member], resume: str) -> tuple[Path | None, ...]:
+    """Where each student goes on: all at the newest step of which every one has a checkpoint.
+
+    Raises:
+        InputError: what `--resume` asks for cannot be had.
+    """
+    newest = [find_checkpoint(resume, member.folder) for member in members]
+    if len(members) == 1:
+        return tuple(newest)
+    steps = [{c.name for c in whole_checkpoints(m.folder / "checkpoints")} for m in members]
+    common = max(set.intersection(*steps), default=None) if steps else None
+    return tuple(m.folder / "checkpoints" / common if common else None for m in members)
+
+
+def later_checkpoints(member: Member, start: Path | None) -> list[Path]:
+    """A student's checkpoints behind the one that its group goes on from."""
+    whole = whole_checkpoints(member.folder / "checkpoints")
+    return [c for c in whole if start is None or c.name > start.name]
