@@ -37,7 +37,7 @@ PAPER = {  # ACL 2023, Table 2: RTE accuracy, MRPC F1, CoLA Matthews; average ov
     "att-kl+val-kl": (66.7, 91.0, 47.7, 80.0),
 }
 UNTOUCHED = "none (random weights)"
-METRICS = {"rte": "accuracy", "mrpc": "f1", "cola": "matthews_correlation"}
+METRICS = {"rte": "accuracy", "mrpc": "f1", "cola": "mcc"}
 ROWS = 64  # a step: 8,192 tokens
 
 

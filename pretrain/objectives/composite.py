@@ -54,7 +54,7 @@ def parse_expression(expression: str, flag: str = "--objective") -> list[tuple[W
         weight = _weight(match) if match else None
         if match is None or weight is None:
             raise InputError(
-                f"{flag} {expression!r}: {rest.strip()!r} does not begin with NAME, WEIGHT*NAME or "
+                f"{flag} {expression!r}: {rest.strip()!r} is not NAME, WEIGHT*NAME or "
                 "FROM:TO*NAME with positive weights; write for example att-mse, '0.5*kd+mlm', or "
                 "'1:0*kd+mlm'"
             )

@@ -230,7 +230,7 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "truncated weights": (truncated_weights, ("weights cannot be read", "fetch them again")),
     "no model config": (no_config, ("--teacher", "config.json")),
     "unknown objective": (these(objective="att-mze"), ("'att-mze'", "nearest: att-mse")),
-    "malformed objective": (these(objective="kd+"), ("NAME or WEIGHT*NAME",)),
+    "malformed objective": (these(objective="kd+"), ("NAME, WEIGHT*NAME or FROM:TO*NAME",)),
     "layers out of range": (these(layers="2:9"), ("2:9", "teacher 4")),
     "attention of layer 0": (these(layers="0:0"), ("layer 0",)),
     "too many layers to copy": (these(student_layers=9, init="uniform"), ("9", "1 to 4")),
