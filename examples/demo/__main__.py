@@ -8,6 +8,7 @@ Every command is printed; what is done is not done again when the demo is starte
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -19,13 +20,14 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from examples.demo.prose import read_documents
 from examples.demo.report import page
-from examples.demo.results import collect, show
+from examples.demo.results import collect, show, slug
 from examples.demo.stages import Pipeline, Stage
 from examples.demo.task import write_task
 from potstill.console import program, say
 from potstill.files import whole_folder, write_json, write_text
 
 PYTHON = sys.executable
+CPU = Path("ds_configs/cpu.json")
 PREPARE = "prepare"  # as a first argument: only write the texts
 
 
@@ -33,19 +35,21 @@ PREPARE = "prepare"  # as a first argument: only write the texts
 class Scale:
     """How much is done; the defaults fit ten minutes on two cores."""
 
-    vocabulary: int = 8192
+    vocabulary: int = 4096
     seq_length: int = 64
     teacher_layers: int = 4
     student_layers: int = 2
     hidden: int = 128
     heads: int = 4
-    teacher_steps: int = 600
+    teacher_steps: int = 1500
+    teacher_rows: int = 16  # a step: many small steps take a short run further
     student_steps: int = 200
     teacher_lr: float = 1e-3
     student_lr: float = 1e-3
     objective: str = "att-mse+hid-seq"
     init: str = "uniform"
     epochs: int = 15
+    seeds: int = 3  # of fine-tuning; the table gives their mean
     finetune_lr: float = 1e-3
 
 
@@ -81,7 +85,17 @@ class Demo:
         # So short a run cannot overfit: no dropout, and more masked words to learn from.
         flags += ["--dropout", "0", "--mlm_probability", "0.3"]
         flags += ["--lr", str(s.teacher_lr), "--max_steps", str(s.teacher_steps)]
-        return self._train("teacher", "Train a teacher to fill in masked words", flags)
+        return self._train(
+            "teacher", "Train a teacher to fill in masked words", flags, self._teacher_ds_config()
+        )
+
+    def _teacher_ds_config(self) -> Path:
+        """The ready ds_config with smaller micro-batches."""
+        config = json.loads(CPU.read_text())
+        config["train_micro_batch_size_per_gpu"] = max(1, self.scale.teacher_rows // self.ranks)
+        path = self.path("ds_config.json")
+        write_json(path, config)
+        return path
 
     def student(self) -> Stage:
         """A student, distilled."""
@@ -89,14 +103,14 @@ class Demo:
         flags = ["--teacher", str(self.path("teacher", "student")), "--objective", s.objective]
         flags += ["--student_layers", str(s.student_layers), "--init", s.init]
         flags += ["--lr", str(s.student_lr), "--max_steps", str(s.student_steps)]
-        return self._train("student", "Distil a student from it", flags)
+        return self._train("student", "Distil a student from it", flags, CPU)
 
-    def finetune(self, name: str, model: Path) -> Stage:
+    def finetune(self, name: str, model: Path, seed: int) -> Stage:
         """A model, fine-tuned on the task."""
-        s = self.scale
+        s, name = self.scale, f"{name}-{seed}"
         flags = ["--model", str(model), "--train_file", str(self.path("text", "train.jsonl"))]
         flags += ["--validation_file", str(self.path("text", "validation.jsonl"))]
-        flags += ["--epochs", str(s.epochs), "--lr", str(s.finetune_lr)]
+        flags += ["--epochs", str(s.epochs), "--lr", str(s.finetune_lr), "--seed", str(seed)]
         flags += ["--max_length", str(s.seq_length), "--save_model", "False"]
         output = self.path("finetuned", name)
         command = [PYTHON, "finetune/run.py", *flags, "--output", str(output)]
@@ -119,9 +133,9 @@ class Demo:
         """The folder of the shards."""
         return str(self.path("shards"))
 
-    def _train(self, name: str, title: str, flags: list[str]) -> Stage:
+    def _train(self, name: str, title: str, flags: list[str], ds_config: Path) -> Stage:
         launcher = ["deepspeed", "--num_gpus", str(self.ranks)]
-        common = ["--ds_config", "ds_configs/cpu.json", "--data", self.shards]
+        common = ["--ds_config", str(ds_config), "--data", self.shards]
         common += ["--validate_every", "100", "--validation_rows", "512", "--log_every", "5"]
         command = [*launcher, "pretrain/run.py", *common, *flags]
         return Stage(name, title, [*command, "--output", str(self.path(name))])
@@ -146,10 +160,13 @@ def run(demo: Demo) -> None:
         "distilled student": demo.path("student", "student"),
         "random student": demo.random_student(),
     }
-    runs = [demo.finetune(name.replace(" ", "-"), model) for name, model in models.items()]
-    say("\nThree models, fine-tuned alike:")
+    seeds = range(demo.scale.seeds)
+    runs = [
+        demo.finetune(slug(name), path, seed) for seed in seeds for name, path in models.items()
+    ]
+    say(f"\nThree models, fine-tuned alike with {demo.scale.seeds} seeds:")
     pipeline.run_together(runs, workers=2)
-    results = collect(demo.output, list(models), pipeline.records)
+    results = collect(demo.output, list(models), demo.scale.seeds, pipeline.records)
     write_json(demo.path("results.json"), results)
     write_text(demo.path("report.html"), page(results))
     show(results, demo.output)

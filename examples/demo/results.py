@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ KEPT = ("cpu", "gpu", "cpus", "platform", "python", "commit")
 
 
 def collect(
-    output: Path, models: Sequence[str], records: Mapping[str, Mapping[str, Any]]
+    output: Path, models: Sequence[str], seeds: int, records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Everything that the page shows.
 
     Args:
         output: the demo's folder. models: names of the fine-tuned models, in their order.
+        seeds: how many times each was fine-tuned.
         records: of the stages, by name: command and seconds.
 
     Raises:
@@ -30,13 +32,19 @@ def collect(
     manifest = read(output / "shards" / "manifest.json")
     settings = read(output / "student" / "config.json")["settings"]
     environment = read(output / "student" / "environment.json")
-    scores = {name: read(output / "finetuned" / slug(name) / "result.json") for name in models}
-    rows = scores[models[0]]["rows"]
+    scores = {
+        name: [
+            read(output / "finetuned" / f"{slug(name)}-{seed}" / "result.json")
+            for seed in range(seeds)
+        ]
+        for name in models
+    }
+    rows = scores[models[0]][0]["rows"]
     corpus = (output / "text" / "corpus.jsonl").read_bytes()
     return {
-        "models": [row_of(name, result) for name, result in scores.items()]
-        + [majority_row(scores[models[0]])],
-        "note": note(rows),
+        "models": [row_of(name, results) for name, results in scores.items()]
+        + [majority_row(scores[models[0]][0])],
+        "note": note(rows, seeds),
         "rows": rows,
         "corpus": {
             "megabytes": len(corpus) / 1e6,
@@ -65,10 +73,12 @@ def slug(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def row_of(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's row of the table: the scores after the last epoch."""
-    scores = result["last"]["scores"][result["main"]["split"]]
-    return {"name": name, "parameters": result["parameters"], **scores}
+def row_of(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A model's row of the table: means over seeds of the scores after the last epoch."""
+    scores = [result["last"]["scores"][result["main"]["split"]] for result in results]
+    means = {metric: mean(of_seed[metric] for of_seed in scores) for metric in scores[0]}
+    accuracies = [of_seed["accuracy"] for of_seed in scores]
+    return {"name": name, "parameters": results[0]["parameters"], **means, "seeds": accuracies}
 
 
 def majority_row(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,14 +87,15 @@ def majority_row(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": "always the same answer", "parameters": 0, **scores}
 
 
-def note(rows: Mapping[str, int]) -> str:
+def note(rows: Mapping[str, int], seeds: int) -> str:
     """What the table's figures are and are not."""
     error = 50 / rows["validation"] ** 0.5  # in points, of an accuracy of one half
     return (
         "The task: from which of six libraries does the first sentence of a docstring come? "
         f"{rows['train']} sentences to train on, {rows['validation']} to score on, balanced, the "
-        "library's name taken out, all from modules that pretraining never saw. One seed, the last "
-        f"epoch; the standard error of an accuracy is at most {error:.1f} points. If the distilled "
+        "library's name taken out, all from modules that pretraining never saw. Means over "
+        f"{seeds} seeds of fine-tuning, the last epoch; the choice of sentences to score on "
+        f"alone leaves a standard error of up to {error:.1f} points. If the distilled "
         "student is ahead of the random one, part of it comes from the teacher's layers with which "
         "it starts. The figures say nothing about GLUE or about larger models: the teacher had a "
         "minute or two of training."

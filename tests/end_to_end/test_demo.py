@@ -184,7 +184,7 @@ def test_the_whole_demo_runs_and_runs_again_without_doing_anything_twice(
     monkeypatch.chdir(repository)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     scale = Scale(vocabulary=500, teacher_layers=2, student_layers=1, hidden=32, heads=2)
-    scale = dataclasses.replace(scale, teacher_steps=3, student_steps=3, epochs=1)
+    scale = dataclasses.replace(scale, teacher_steps=3, student_steps=3, epochs=1, seeds=2)
     demo = Demo(tmp_path / "demo", scale, ranks=1)
     task.write_task(documents, demo.path("text"))
     write_json(demo.path("done", "text.json"), {"command": demo.prepare().shown, "seconds": 0})
