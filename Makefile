@@ -7,7 +7,7 @@ TESTS ?= tests
 # for `make bench`, which takes hours on two cores and goes on where it was stopped
 DATA ?= $(or $(POTSTILL_DATA),../shared/data)
 RUNS ?= runs
-DS_CONFIG ?= ds_configs/cpu.json
+DS_CONFIG ?= ds_configs/cpu_bf16.json
 
 # An absolute PATH: DeepSpeed's launcher starts ninja and python from whatever folder it is in.
 BIN := $(abspath $(VENV))/bin
@@ -59,6 +59,14 @@ bench: $(VENV)/.test-installed
 	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
 	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
 		--model student="$(RUNS)/real/att-mse-uniform/student"
+	python benchmarks/lean_forms.py
+	python benchmarks/mlm_head.py --shards "$(RUNS)/real/shards" --output "$(RUNS)/head"
+	python benchmarks/students.py --ds_config "$(DS_CONFIG)" --data "$(RUNS)/real/shards" \
+		--teacher "$(RUNS)/head/frozen/student"
+	python benchmarks/extraction_study.py --teacher "$(RUNS)/head/frozen/student" \
+		--shards "$(RUNS)/real/shards" --output "$(RUNS)/extraction"
+	python benchmarks/objective_study.py --teacher "$(RUNS)/head/frozen/student" \
+		--shards "$(RUNS)/real/shards" --output "$(RUNS)/objectives"
 	python benchmarks/fill_docs.py
 
 clean:

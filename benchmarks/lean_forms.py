@@ -31,6 +31,7 @@ from potstill.files import write_json, write_text
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Predictions
 from pretrain.objectives import LayerPair, Settings, build_objective
+from pretrain.objectives.prediction import count_chunks
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS, HEADS, SIZE, WIDTH, VOCAB = 4096, 12, 64, 384, 30522
@@ -69,7 +70,8 @@ def relation_step(
 def kd_step(form: str, positions: int, dtype: torch.dtype, device: torch.device) -> Any:
     """Forward and backward of `kd` and of both heads, from the last hidden states."""
     chunked = form == "lean"
-    objective = build_objective("kd", Settings((), chunked_logits=chunked))
+    chunks = count_chunks("lean", positions * VOCAB) if chunked else 0
+    objective = build_objective("kd", Settings((), logit_chunks=chunks))
     batch = full_batch(1, 1).to(device)
     head, other = (nn.Linear(WIDTH, VOCAB).to(device, dtype) for _ in range(2))
     hidden, target = (torch.randn(positions, WIDTH, dtype=dtype, device=device) for _ in range(2))

@@ -6,6 +6,7 @@ Values come from a preset (JSON), then from the command line, which wins. What D
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,16 +23,22 @@ from pretrain.objectives import (
     defaults_of,
     parse_relations,
 )
-from pretrain.objectives.prediction import chunk_logits
+from pretrain.objectives.prediction import count_chunks
 
 PRESETS = Path(__file__).parent / "presets"
 
 
-def _help(text: str, default: Any = None) -> Any:
+def option(text: str, default: Any = None) -> Any:
+    """A field of a config: a flag of the program, with its help."""
     return field(default=default, metadata={"help": text})
 
 
-def _check(right: bool, message: str) -> None:
+def check(right: bool, message: str) -> None:
+    """Refuse what is not right.
+
+    Raises:
+        InputError: the message.
+    """
     if not right:
         raise InputError(message)
 
@@ -40,80 +47,80 @@ def _check(right: bool, message: str) -> None:
 class DataConfig:
     """Shards, and how they are masked."""
 
-    data: str | None = _help("Folder of shards, made by data_prep/shard.py.")
-    mlm_probability: float = _help(
+    data: str | None = option("Folder of shards, made by data_prep/shard.py.")
+    mlm_probability: float = option(
         "Share of tokens to mask; both models see the masked rows. 0: both see the plain text.",
         0.15,
     )
-    mask_whole_words: bool = _help("Choose whole words to mask, not single tokens.", False)
-    loader_workers: int = _help("Processes that prepare batches; 0: in the training process.", 0)
-    check_shards: bool = _help(
+    mask_whole_words: bool = option("Choose whole words to mask, not single tokens.", False)
+    loader_workers: int = option("Processes that prepare batches; 0: in the training process.", 0)
+    check_shards: bool = option(
         "Compare every shard with its checksum before training; ranks share the work.", True
     )
 
     def __post_init__(self) -> None:
-        _check(bool(self.data), "--data is missing: give a folder of shards (data_prep/shard.py)")
-        _check(
+        check(bool(self.data), "--data is missing: give a folder of shards (data_prep/shard.py)")
+        check(
             0 <= self.mlm_probability < 1,
             f"--mlm_probability {self.mlm_probability} must be at least 0 and below 1",
         )
-        _check(self.loader_workers >= 0, f"--loader_workers {self.loader_workers} is negative")
+        check(self.loader_workers >= 0, f"--loader_workers {self.loader_workers} is negative")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """Whom to learn from."""
 
-    teacher: str | None = _help("Teacher: a Hugging Face folder or hub name. Not for mlm alone.")
-    revision: str | None = _help("Branch, tag or commit of a teacher on the hub.")
+    teacher: str | None = option("Teacher: a Hugging Face folder or hub name. Not for mlm alone.")
+    revision: str | None = option("Branch, tag or commit of a teacher on the hub.")
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """The student's shape, and where it starts."""
 
-    student: str | None = _help("Start from this Hugging Face folder instead of building one.")
-    student_layers: int | None = _help("Layers. Default: half of the teacher's.")
-    student_hidden: int | None = _help("Hidden size. Default: the teacher's.")
-    student_ffn: int | None = _help("Feed-forward size. Default: in the teacher's proportion.")
-    student_heads: int | None = _help("Attention heads. Default: the teacher's.")
-    init: str = _help(
+    student: str | None = option("Start from this Hugging Face folder instead of building one.")
+    student_layers: int | None = option("Layers. Default: half of the teacher's.")
+    student_hidden: int | None = option("Hidden size. Default: the teacher's.")
+    student_ffn: int | None = option("Feed-forward size. Default: in the teacher's proportion.")
+    student_heads: int | None = option("Attention heads. Default: the teacher's.")
+    init: str = option(
         "Which teacher layers it starts from: random, first, last, uniform, alternate, or a list "
         "such as 1,8,12.",
         "random",
     )
-    dropout: float | None = _help("Dropout probability everywhere. Default: the model's own.")
-    freeze: Literal["encoder"] | None = _help(
+    dropout: float | None = option("Dropout probability everywhere. Default: the model's own.")
+    freeze: Literal["encoder"] | None = option(
         "encoder: train nothing but the MLM head on top of --student or --init, its decoder being "
         "tied to the frozen embeddings."
     )
-    student_seed: int | None = _help(
+    student_seed: int | None = option(
         "Seed of the student's fresh weights and of its dropout. Default: --seed."
     )
 
     def __post_init__(self) -> None:
         sizes = {n: getattr(self, n) for n in ("student_layers", *_WIDTHS)}
         for name, value in sizes.items():
-            _check(value is None or value > 0, f"--{name} {value} must be positive")
+            check(value is None or value > 0, f"--{name} {value} must be positive")
         given = [f"--{name}" for name, value in sizes.items() if value is not None]
-        _check(
+        check(
             not (self.student and given),
             f"--student is a finished model; {', '.join(given)} cannot change its shape",
         )
-        _check(
+        check(
             not (self.student and self.init != "random"),
             f"--student is a finished model; --init {self.init} would overwrite it",
         )
-        _check(
+        check(
             self.dropout is None or 0 <= self.dropout < 1,
             f"--dropout {self.dropout} must be at least 0 and below 1",
         )
-        _check(
+        check(
             not (self.freeze and not self.student and self.init == "random"),
             f"--freeze {self.freeze} would keep a random encoder as it is; start from --student, "
             "or from teacher layers (--init)",
         )
-        _check(
+        check(
             self.student_seed is None or 0 <= self.student_seed < 2**63,
             f"--student_seed {self.student_seed} must lie in 0 … 2^63 - 1",
         )
@@ -126,51 +133,52 @@ _WIDTHS = ("student_hidden", "student_ffn", "student_heads")
 class ObjectiveConfig:
     """What to learn."""
 
-    objective: str | None = _help(
+    objective: str | None = option(
         "A name or a weighted sum: att-mse, att-kl+val-kl, '0.5*kd+mlm+hid-seq'; '1:0*kd+mlm' lets "
         f"a weight go from 1 to 0 over the run. Names: {', '.join([*OBJECTIVES, *SUMS])}, or "
         "module.path:Class of your own."
     )
-    layers: str | None = _help(
+    layers: str | None = option(
         "Which student layer learns from which teacher layer: last, uniform, or S:T,S:T. Default: "
         "uniform under tinybert, otherwise last."
     )
-    projection: Literal["auto", "always", "none"] = _help(
+    projection: Literal["auto", "always", "none"] = option(
         "Learned map from the student's to the teacher's width under hid-seq, hid-cls, emb and "
         "cos: auto puts one only where widths differ.",
         "auto",
     )
-    kd_temperature: float | None = _help(
+    kd_temperature: float | None = option(
         "Temperature of kd. Default: 2 under distilbert, otherwise 1."
     )
-    kd_positions: Literal["masked", "all"] | None = _help(
+    kd_positions: Literal["masked", "all"] | None = option(
         "Where kd compares predictions: masked, or all valid tokens. Default: all under "
         "distilbert, otherwise masked."
     )
-    relation_heads: int = _help(
+    relation_heads: int = option(
         "Heads that minilmv2 cuts both models' projections into; must divide both widths.", 48
     )
-    relations: str = _help(
+    relations: str = option(
         "What minilmv2 compares: pairs of q, k, v with weights, which are divided by their sum.",
         "q-q+k-k+v-v",
     )
-    contrast_negatives: int = _help(
+    contrast_negatives: int = option(
         "Earlier teacher vectors that hid-cls-contrast keeps as negatives.", 4096
     )
-    contrast_temperature: float = _help("Temperature of hid-cls-contrast.", 0.07)
-    contrast_width: int = _help("Width of the space in which it compares vectors.", 128)
-    loss_form: Literal["auto", "plain", "lean"] = _help(
-        "How losses on attention and kd are computed: plain, or lean in memory, without L x L and "
-        "tokens x V tensors, which is slower where these are small; both are exact.",
+    contrast_temperature: float = option("Temperature of hid-cls-contrast.", 0.07)
+    contrast_width: int = option("Width of the space in which it compares vectors.", 128)
+    loss_form: Literal["auto", "plain", "lean"] = option(
+        "How att-*, val-kl, minilmv2 and kd are computed: plain, or lean in memory, without L x L "
+        "and positions x V tensors, which is slower where these are small; both are exact.",
         "auto",
     )
 
     def __post_init__(self) -> None:
         for name in ("kd_temperature", "contrast_temperature", "contrast_width"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"--{name} {value} must be positive")
+            fine = value is None or 0 < value < math.inf
+            check(fine, f"--{name} {value} must be positive and finite")
         for name in ("relation_heads", "contrast_negatives"):
-            _check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
+            check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
         parse_relations(self.relations)
 
     @property
@@ -199,7 +207,7 @@ class ObjectiveConfig:
             contrast_temperature=self.contrast_temperature,
             contrast_width=self.contrast_width,
             form=self.loss_form,
-            chunked_logits=chunk_logits(self.loss_form, logits),
+            logit_chunks=count_chunks(self.loss_form, logits),
         )
 
 
@@ -207,81 +215,81 @@ class ObjectiveConfig:
 class ScheduleConfig:
     """How long, and the optimiser (AdamW) where the ds_config names none."""
 
-    max_steps: int | None = _help("Optimiser steps of the run; 0 only validates.")
-    max_hours: float | None = _help("Stop after so many hours of training.")
-    schedule: Literal["step", "time"] = _help(
+    max_steps: int | None = option("Optimiser steps of the run; 0 only validates.")
+    max_hours: float | None = option("Stop after so many hours of training.")
+    schedule: Literal["step", "time"] = option(
         "Warm-up and decay over steps, or over the time budget --max_hours.", "step"
     )
-    warmup: float = _help("Share of the run in which the learning rate rises linearly.", 0.06)
-    lr: float = _help("Peak learning rate; 1e-3 diverged in the ACL paper.", 5e-4)
-    adam_beta1: float = _help("AdamW's first beta.", 0.9)
-    adam_beta2: float = _help("AdamW's second beta.", 0.98)
-    adam_eps: float = _help("AdamW's epsilon.", 1e-6)
-    weight_decay: float = _help("Weight decay; never on biases and layer norms.", 0.01)
+    warmup: float = option("Share of the run in which the learning rate rises linearly.", 0.06)
+    lr: float = option("Peak learning rate; 1e-3 diverged in the ACL paper.", 5e-4)
+    adam_beta1: float = option("AdamW's first beta.", 0.9)
+    adam_beta2: float = option("AdamW's second beta.", 0.98)
+    adam_eps: float = option("AdamW's epsilon.", 1e-6)
+    weight_decay: float = option("Weight decay; never on biases and layer norms.", 0.01)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.max_steps is not None or self.max_hours is not None,
             "the run has no end: give --max_steps or --max_hours",
         )
-        _check(
+        check(
             self.max_steps is None or self.max_steps >= 0,
             f"--max_steps {self.max_steps} is negative",
         )
-        _check(
+        check(
             self.max_hours is None or self.max_hours > 0,
             f"--max_hours {self.max_hours} must be positive",
         )
-        _check(
+        check(
             self.schedule == "step" or self.max_hours is not None,
             "--schedule time needs a time budget: give --max_hours",
         )
-        _check(
+        check(
             self.schedule == "time" or self.max_steps is not None,
             "--schedule step needs --max_steps; with only --max_hours use --schedule time",
         )
-        _check(0 <= self.warmup < 1, f"--warmup {self.warmup} must be at least 0 and below 1")
-        _check(self.lr > 0, f"--lr {self.lr} must be positive")
+        check(0 <= self.warmup < 1, f"--warmup {self.warmup} must be at least 0 and below 1")
+        check(self.lr > 0, f"--lr {self.lr} must be positive")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The run's folder, and what is written when."""
 
-    output: str | None = _help("Folder of the run; the same command again continues it.")
-    students: str | None = _help(
+    output: str | None = option("Folder of the run; the same command again continues it.")
+    students: str | None = option(
         "Train several students at once, with one teacher forward for all: a JSON file "
         '{"NAME": {"FLAG": VALUE}}, settings on top of the command line\'s; see docs/students.md.'
     )
-    ds_config: str | None = _help("DeepSpeed config, see ds_configs/README.md.")
-    preset: str | None = _help("A paper's recipe: a name in pretrain/presets, or a JSON file.")
-    seed: int = _help("Order of rows, masks, dropout and fresh weights.", 0)
-    validate_every: int = _help("Steps between validations; 0: only at the start and end.", 0)
-    validation_rows: int | None = _help("Validate on the first so many rows. Default: all.")
-    save_every: int = _help("Steps between checkpoints; 0: only at the end.", 0)
-    keep_checkpoints: int = _help("How many checkpoints to keep.", 2)
-    log_every: int = _help("Steps between lines in metrics.jsonl.", 10)
-    finetune_markers: str | None = _help(
+    ds_config: str | None = option("DeepSpeed config, see ds_configs/README.md.")
+    preset: str | None = option("A paper's recipe: a name in pretrain/presets, or a JSON file.")
+    seed: int = option("Order of rows, masks, dropout and fresh weights.", 0)
+    validate_every: int = option("Steps between validations; 0: only at the start and end.", 0)
+    validation_rows: int | None = option("Validate on the first so many rows. Default: all.")
+    save_every: int = option("Steps between checkpoints; 0: only at the end.", 0)
+    keep_checkpoints: int = option("How many checkpoints to keep.", 2)
+    log_every: int = option("Steps between lines in metrics.jsonl.", 10)
+    finetune_markers: str | None = option(
         "Export the student on the way, at these shares of the run: 0.1,0.5."
     )
-    resume: str = _help(
+    resume: str = option(
         "auto: from the newest whole checkpoint of --output, if any; never: refuse a folder that "
         "has one; or the path of a checkpoint.",
         "auto",
     )
-    attention: Literal["auto", "sdpa", "plain"] = _help("Attention backend.", "auto")
-    dry_run: bool = _help("Print the plan, train two steps, write nothing.", False)
-    local_rank: int = _help("Set by the launcher.", -1)
+    attention: Literal["auto", "sdpa", "plain"] = option("Attention backend.", "auto")
+    dry_run: bool = option("Print the plan, train two steps, write nothing.", False)
+    local_rank: int = option("Set by the launcher.", -1)
 
     def __post_init__(self) -> None:
-        _check(bool(self.output), "--output is missing: the folder of the run")
-        _check(bool(self.ds_config), "--ds_config is missing: for example ds_configs/cpu.json")
+        check(bool(self.output), "--output is missing: the folder of the run")
+        check(bool(self.ds_config), "--ds_config is missing: for example ds_configs/cpu.json")
         for name in ("validate_every", "save_every"):
-            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} is negative")
+            check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} is negative")
         for name in ("log_every", "keep_checkpoints", "validation_rows"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"--{name} {value} must be positive")
-        _check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
+            check(value is None or value > 0, f"--{name} {value} must be positive")
+        check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
         self.markers()
 
     def markers(self) -> list[float]:
@@ -292,7 +300,7 @@ class RunConfig:
             )
         except ValueError:
             shares = [-1.0]
-        _check(
+        check(
             all(0 < share < 1 for share in shares),
             f"--finetune_markers {self.finetune_markers!r} must be shares between 0 and 1: 0.1,0.5",
         )
@@ -311,7 +319,7 @@ class Config:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             bool(self.objective.objective or self.run.students),
             "--objective is missing: for example att-mse",
         )
@@ -326,7 +334,7 @@ class Config:
         """The settings that make it this run and no other; a resumed run must agree in them."""
         free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
         free |= {"validate_every", "loader_workers", "check_shards", "preset", "output"}
-        free |= {"ds_config", "validation_rows", "students"}
+        free |= {"ds_config", "validation_rows", "students", "loss_form"}
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
 
@@ -382,11 +390,12 @@ def read_preset(name_or_file: str, known: set[str]) -> dict[str, Any]:
     try:
         preset = json.loads(path.read_text())
         settings, base = dict(preset["settings"]), preset.get("extends")
+        others = set(preset) - {"about", "extends", "settings"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f'--preset {path}: not a preset ({error!r}); it is {{"about": …, "settings": {{…}}}}'
         ) from error
-    if unknown := set(settings) - known:
+    if unknown := (set(settings) - known) | others:
         raise InputError(f"--preset {path}: unknown settings {', '.join(sorted(unknown))}")
     if base is not None and not (isinstance(base, str) and (PRESETS / f"{base}.json").is_file()):
         raise InputError(f"--preset {path}: extends {base!r}, which is no preset of Potstill")

@@ -64,11 +64,9 @@ class Learner:
         """The teacher's features that it learns from."""
         return self.objective.teacher_features()
 
-    def begin_step(
-        self, batches: Sequence[Batch], now: Progress, share: float, log: bool
-    ) -> StudentStep:
-        """Its part of the next step, at the learning rate of `now`; `share` of the run is done."""
-        self._weights = self.objective.weights_at(share)
+    def begin_step(self, batches: Sequence[Batch], now: Progress, log: bool) -> StudentStep:
+        """Its part of the next step, at the learning rate and the objective's weights of `now`."""
+        self._weights = self.objective.weights_at(self.schedule.done(now.step, now.seconds))
         self._rate = self.schedule.learning_rate(now.step, now.seconds)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
@@ -131,12 +129,13 @@ class Learner:
             self.metrics.write("event", now.step, event="skipped step", skipped_steps=skipped)
         self._logged, self._skipped = now, skipped
 
-    def write_validation(self, step: int, share: float, result: StepResult, rows: int) -> None:
-        """Write and say its loss on the held-out rows, with the weights at `share` of the run."""
-        loss, terms = step_loss(self.objective, self.objective.weights_at(share), result)
-        self.metrics.write("validation", step, loss=loss, terms=terms, rows=rows)
+    def write_validation(self, now: Progress, result: StepResult, rows: int) -> None:
+        """Write and say its loss on the held-out rows, with the objective's weights of `now`."""
+        weights = self.objective.weights_at(self.schedule.done(now.step, now.seconds))
+        loss, terms = step_loss(self.objective, weights, result)
+        self.metrics.write("validation", now.step, loss=loss, terms=terms, rows=rows)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        say(f"step {step}: {self.title}held-out {shown} ({rows} rows)")
+        say(f"step {now.step}: {self.title}held-out {shown} ({rows} rows)")
 
     def save(self, now: Progress, known: bool) -> None:
         """Write a checkpoint; `known`: only a validation came since the one of this step."""

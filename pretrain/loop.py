@@ -116,10 +116,7 @@ class Loop:
         finished = self.now.step + 1
         timed = run.schedule.max_hours is not None  # any step may turn out to be the last
         log = timed or _due(finished, run.settings.log_every) or finished in (1, run.last_step)
-        share = self._share()
-        steps = [
-            learner.begin_step(micro_batches, self.now, share, log) for learner in run.learners
-        ]
+        steps = [learner.begin_step(micro_batches, self.now, log) for learner in run.learners]
         results = train_step(steps, with_features(self.teacher, micro_batches, run.device))
         self.now = replace(
             self.now,
@@ -167,14 +164,15 @@ class Loop:
         self.teacher_share = self.run.teacher_flops(wanted) / max(1, len(learners))
 
     def validate(self) -> None:
-        """Losses on the held-out rows; writes a line for each student."""
+        """Losses on the held-out rows; writes a line for each student that still learns."""
+        self._stop_diverged()
         learners = self.run.learners
         if not learners:
             return
         engines = [learner.engine for learner in learners]
         results, rows = validation_terms(engines, self.teacher, self.run.validation())
         for learner, result in zip(learners, results, strict=True):
-            learner.write_validation(self.now.step, self._share(), result, rows)
+            learner.write_validation(self.now, result, rows)
         self.now = replace(self.now, validated=self.now.step)
 
     def save(self) -> None:

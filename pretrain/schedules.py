@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a share of its peak."""
+"""The learning rate over a run, and where in the run an update is."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,16 @@ class LinearSchedule:
     warmup: float
     steps: int | None = None
     hours: float | None = None
+
+    def done(self, step: int, seconds: float) -> float:
+        """The share of the run, 0 … 1, at the update after `step` finished steps.
+
+        By step, the first update is at 0 and the last one at 1.
+        """
+        if self.steps is not None:
+            return min(1.0, step / max(1, self.steps - 1))
+        assert self.hours is not None
+        return min(1.0, seconds / (self.hours * 3600))
 
     def learning_rate(self, step: int, seconds: float) -> float:
         """The rate for the update after `step` finished steps and `seconds` of training.

@@ -15,7 +15,6 @@ from pretrain.encoder import encode
 from pretrain.features import Feature, Features
 from pretrain.masking import hash64
 from pretrain.models import Encoder, Shape
-from pretrain.objectives.base import Objective
 from pretrain.objectives.composite import WeightedSum
 from pretrain.teacher import Teacher
 
@@ -157,7 +156,7 @@ class StudentStep:
         self._sums = torch.zeros_like(self._counts)
         self._taken, self._last = 0, len(batches) - 1
         self._norm: Tensor | None = None
-        self._remembered: list[Features] = []
+        self._notes: list[dict[str, Tensor]] = []
 
     def take(self, batch: Batch, teacher: Features) -> None:
         """Forward and backward of the next micro-batch; the last one updates the weights."""
@@ -170,15 +169,14 @@ class StudentStep:
         engine.step()
         self._sums += totals.detach()
         self._taken += 1
-        if any(type(o).remember is not Objective.remember for o in self._objective.objectives):
-            wanted = self._objective.teacher_features()
-            self._remembered.append({feature: teacher[feature] for feature in wanted})
+        if note := self._objective.note(teacher):
+            self._notes.append(note)
 
     def result(self) -> StepResult:
-        """What the step measured, after its last micro-batch; objectives may take note of it."""
-        if self._remembered:
+        """What the step measured, after its last micro-batch; objectives may learn from it."""
+        if self._notes:
             projections = dict(self._engine.module.projections.items())
-            self._objective.remember(self._remembered, projections)
+            self._objective.remember(self._notes, projections)
         norm = self._norm
         if self._log and norm is None:
             norm = self._engine.get_global_grad_norm()

@@ -4,12 +4,13 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from potstill.errors import InputError
+from pretrain.features import Kind
 from pretrain.models import Shape
 from pretrain.objectives.attention import AttKL, AttMSE, MiniLMv2, ValKL
-from pretrain.objectives.base import LayerPair, Objective, Relation, Settings
+from pretrain.objectives.base import LayerPair, Objective, Relation, Settings, Unit
 from pretrain.objectives.composite import Weight, WeightedSum, parse_expression
 from pretrain.objectives.contrast import HidCLSContrast
 from pretrain.objectives.hidden import Cos, Emb, HidCLS, HidSeq
@@ -103,20 +104,27 @@ def _load(name: str) -> type[Objective]:
     """The user's class `module.path:Class`."""
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever the user's module does when it is imported
         raise InputError(
-            f"--objective {name}: {error}; install its package, or put its folder on PYTHONPATH"
+            f"--objective {name}: importing {module} failed ({type(error).__name__}: {error}); "
+            "install its package, or put its folder on PYTHONPATH"
         ) from error
-    except AttributeError as error:
-        raise InputError(f"--objective {name}: module {module} has no {attribute}") from error
+    if found is None:
+        raise InputError(f"--objective {name}: module {module} has no {attribute}")
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise InputError(
             f"--objective {name}: it is no subclass of pretrain.objectives.base.Objective; "
             "docs/objectives.md shows how to write one"
         )
-    if missing := getattr(found, "__abstractmethods__", None):
-        raise InputError(f"--objective {name}: the class lacks {', '.join(sorted(missing))}")
+    lacking = sorted(getattr(found, "__abstractmethods__", ()))
+    lacking += [part for part in ("needs", "unit") if not hasattr(found, part)]
+    if lacking:
+        raise InputError(f"--objective {name}: the class lacks {', '.join(lacking)}")
+    if found.unit not in get_args(Unit):
+        raise InputError(f"--objective {name}: unit {found.unit!r} is none of {get_args(Unit)}")
+    if unknown := [kind for kind in found.needs if kind not in get_args(Kind)]:
+        raise InputError(f"--objective {name}: needs {unknown[0]!r}, none of {get_args(Kind)}")
     return found
 
 
@@ -124,13 +132,13 @@ def parse_relations(expression: str) -> tuple[Relation, ...]:
     """Relations of `"q-q+k-k+2*q-k"`, their weights divided by the sum of them.
 
     Raises:
-        InputError: malformed, or sides other than q, k, v.
+        InputError: malformed, sides other than q, k, v, or a weight that changes over the run.
     """
     sides: Mapping[str, Any] = {"q": "query", "k": "key", "v": "value"}
-    terms = [
-        (weight.start, name.split("-"))
-        for weight, name in parse_expression(expression, "--relations")
-    ]
+    parsed = parse_expression(expression, "--relations")
+    if any(weight.start != weight.end for weight, _ in parsed):
+        raise InputError(f"--relations {expression}: a weight cannot change over the run here")
+    terms = [(weight.start, name.split("-")) for weight, name in parsed]
     total = sum(weight for weight, _ in terms)
     for _, names in terms:
         if len(names) != 2 or not set(names) <= set(sides):

@@ -58,7 +58,8 @@ class Settings:
         negatives, contrast_temperature, contrast_width: of `hid-cls-contrast`: vectors in its
             memory, temperature, and width of the space in which vectors are compared.
         form: how objectives on attention are computed; `auto` goes by the length of a row.
-        chunked_logits: whether `kd` computes the logits of both models a few rows at a time.
+        logit_chunks: in how many parts `kd` computes the logits of both models; 0 is the plain
+            form.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -71,7 +72,7 @@ class Settings:
     contrast_temperature: float = 0.07
     contrast_width: int = 128
     form: Form = "auto"
-    chunked_logits: bool = False
+    logit_chunks: int = 0
 
     def lean(self, length: int) -> bool:
         """Whether rows of `length` tokens get the memory-lean form."""
@@ -143,13 +144,17 @@ class Objective(ABC):
             A float32 scalar (float64 for float64 features).
         """
 
-    def remember(  # noqa: B027  (most objectives have nothing to remember)
-        self, teacher: Sequence[Features], projections: Mapping[str, nn.Module]
-    ) -> None:
-        """Take note of a finished step, given the teacher's features of its micro-batches.
+    def note(self, teacher: Features) -> Mapping[str, Tensor]:
+        """What of a micro-batch's teacher features to keep until the step is done, by any name."""
+        return {}
 
-        All ranks call it once per step. What it changes must be a buffer of a module in
-        `projections`, which checkpoints hold, and the same on every rank.
+    def remember(  # noqa: B027  (most objectives have nothing to remember)
+        self, notes: Sequence[Mapping[str, Tensor]], projections: Mapping[str, nn.Module]
+    ) -> None:
+        """Learn from a finished step, given the notes of its micro-batches.
+
+        All ranks call it once per step if any note was taken. What it changes must be a buffer of a
+        module in `projections`, which checkpoints hold, and the same on every rank.
         """
 
 

@@ -99,10 +99,20 @@ class WeightedSum:
         return frozenset().union(*(o.teacher_features() for o in self.objectives))
 
     def projections(self, student: Shape, teacher: Shape) -> nn.ModuleDict:
-        """The learned maps of all terms; names hold no dots, as ModuleDict asks."""
+        """The learned maps of all terms; names hold no dots, as ModuleDict asks.
+
+        Raises:
+            InputError: two terms name maps alike (a user's subclass without a `name` of its own).
+        """
         modules: dict[str, nn.Module] = {}
-        for objective in self.objectives:
-            modules.update(objective.projections(student, teacher))
+        for term, objective in zip(self.names, self.objectives, strict=True):
+            own = objective.projections(student, teacher)
+            if taken := sorted(set(modules) & set(own)):
+                raise InputError(
+                    f"--objective {term}: another term has a learned map named {taken[0]} too; "
+                    "give the class names of its own for its maps"
+                )
+            modules.update(own)
         return nn.ModuleDict(modules)
 
     def totals(
@@ -119,7 +129,13 @@ class WeightedSum:
         """Each term's number of units in a batch."""
         return [batch.counts[objective.counted] for objective in self.objectives]
 
-    def remember(self, teacher: Sequence[Features], projections: Mapping[str, nn.Module]) -> None:
-        """Let the terms take note of a finished step; see `Objective.remember`."""
+    def note(self, teacher: Features) -> dict[str, Tensor]:
+        """What the terms keep of a micro-batch; see `Objective.note`."""
+        return {name: kept for o in self.objectives for name, kept in o.note(teacher).items()}
+
+    def remember(
+        self, notes: Sequence[Mapping[str, Tensor]], projections: Mapping[str, nn.Module]
+    ) -> None:
+        """Let the terms learn from a finished step; see `Objective.remember`."""
         for objective in self.objectives:
-            objective.remember(teacher, projections)
+            objective.remember(notes, projections)

@@ -112,13 +112,21 @@ class HidCLSContrast(Objective):
             losses.append(-logits.log_softmax(dim=1)[:, 0].sum())
         return torch.stack(losses).sum()
 
-    def remember(self, teacher: Sequence[Features], projections: Mapping[str, nn.Module]) -> None:
+    def note(self, teacher: Features) -> Mapping[str, Tensor]:
+        """The teacher's [CLS] vectors of each layer pair, (B, D_T) copies."""
+        return {
+            self._key(pair): teacher[Feature("hidden", pair.teacher)][:, 0].clone()
+            for pair in self.pairs
+        }
+
+    def remember(
+        self, notes: Sequence[Mapping[str, Tensor]], projections: Mapping[str, nn.Module]
+    ) -> None:
         for pair in self.pairs:
-            feature = Feature("hidden", pair.teacher)
-            vectors = torch.cat([features[feature][:, 0] for features in teacher])
-            space = projections[self._key(pair)]
+            key = self._key(pair)
+            space = projections[key]
             assert isinstance(space, ContrastSpace)
-            space.remember(_of_all_ranks(vectors))
+            space.remember(_of_all_ranks(torch.cat([note[key] for note in notes])))
 
 
 def _of_all_ranks(vectors: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Objectives on the logits of the MLM head: `mlm` and `kd`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,19 @@ CHUNK = 2**25
 """Logits of one model that chunked `kd` has in memory at a time: 128 MiB in float32."""
 
 
-def chunk_logits(form: Form, logits: float) -> bool:
-    """Whether `kd` computes its logits in chunks, given how many numbers one model's are.
+def count_chunks(form: Form, logits: float) -> int:
+    """In how many parts `kd` computes its logits, 0 for the plain form.
 
-    `auto` does where the plain form's tensors, four of that size in float32, are over 2 GiB;
-    chunks cost the head's forward pass once more.
+    Args:
+        logits: numbers in one model's logits of a micro-batch, at most. Not those of this very
+            micro-batch: under ZeRO-3 each part gathers the head's weights from all ranks, so every
+            rank must have as many parts.
+
+    `auto` takes the chunks where the plain form's tensors, four of that size in float32, are over
+    2 GiB; chunks cost the head's forward pass once more.
     """
-    return form == "lean" or (form == "auto" and 4 * 4 * logits > 2**31)
+    lean = form == "lean" or (form == "auto" and 4 * 4 * logits > 2**31)
+    return max(1, math.ceil(logits / CHUNK)) if lean else 0
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,13 @@ class KD(Objective):
     ) -> Tensor:
         ours, theirs = student[self._feature], teacher[self._feature]
         if isinstance(ours, Predictions) and isinstance(theirs, Predictions):
-            return _soft_cross_entropy_in_chunks(ours, theirs, self.settings.temperature)
+            settings = self.settings
+            return _in_chunks(ours, theirs, settings.temperature, settings.logit_chunks)
         return soft_cross_entropy(ours, theirs, self.settings.temperature)
 
     @property
     def _feature(self) -> Feature:
-        kind: Kind = "predictions" if self.settings.chunked_logits else "logits"
+        kind: Kind = "predictions" if self.settings.logit_chunks else "logits"
         return Feature(kind, self.settings.positions)
 
 
@@ -111,8 +119,8 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return -(target * log_probabilities).sum() * temperature**2
 
 
-def _soft_cross_entropy_in_chunks(
-    student: Predictions, teacher: Predictions, temperature: float
+def _in_chunks(
+    student: Predictions, teacher: Predictions, temperature: float, chunks: int
 ) -> Tensor:
     """The same, exactly, with the logits of a few positions at a time, again in backward."""
 
@@ -121,10 +129,9 @@ def _soft_cross_entropy_in_chunks(
             target = teacher.head(target_hidden)
         return soft_cross_entropy(student.head(hidden), target, temperature)
 
-    rows = max(1, CHUNK // student.vocab)
     losses = []
     for hidden, target_hidden in zip(
-        student.hidden.split(rows), teacher.hidden.split(rows), strict=True
+        student.hidden.tensor_split(chunks), teacher.hidden.tensor_split(chunks), strict=True
     ):
         # Bound, not an argument: a checkpoint saves arguments, and cannot save inference tensors.
         chunk = partial(loss, target_hidden)

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.objectives.base import full_precision
 
-CHUNK = 2**24
-"""Scores of one model that a lean divergence has in memory at a time: 64 MiB in float32."""
+CHUNK = 2**22
+"""Scores of one model that a lean divergence has in memory at a time: 16 MiB in float32."""
 
 
 class Sides(NamedTuple):
@@ -95,7 +95,7 @@ def divergence_lean(student: Sides, teacher: Sides, valid: Tensor) -> Tensor:
 
 
 class _LeanDivergence(torch.autograd.Function):
-    """KL over chunks of queries; keeps two tensors of the size of the student's sides."""
+    """KL over chunks of queries; keeps two float32 tensors of the size of its sides."""
 
     @staticmethod
     def forward(
@@ -127,14 +127,13 @@ class _LeanDivergence(torch.autograd.Function):
                 left_gradient[:, :, queries] = slope.matmul(right)
                 right_gradient += slope.transpose(-2, -1).matmul(left)
         if wanted:
-            dtype = student_left.dtype
-            ctx.save_for_backward(left_gradient.to(dtype), right_gradient.to(dtype))
+            ctx.save_for_backward(left_gradient, right_gradient)
+            ctx.dtype = student_left.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        # The factor is applied in full precision: it is a loss scale over a count of pairs.
-        outer = [(full_precision(side) * gradient).to(side.dtype) for side in (left, right)]
+        # Rounded once, behind the factor: that is a loss scale over a count of tokens.
+        outer = [(side * gradient).to(ctx.dtype) for side in ctx.saved_tensors]
         return (*outer, None, None, None, None)

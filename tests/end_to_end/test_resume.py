@@ -42,7 +42,8 @@ def folder(materials: Materials) -> Path:
             ds_config=config,
             data=materials.ragged,
             teacher=materials.teacher,
-            objective="kd+att-mse",
+            objective="1:0.5*kd+att-mse+hid-cls-contrast",
+            contrast_negatives=50,  # the memory goes round, and not in whole steps
             student_layers=2,
             dropout=0.1,
             max_steps=STEPS,

@@ -112,7 +112,9 @@ def test_unknown_preset_keys_are_refused(
         parse(preset=preset(tmp_path, **settings))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"settings": 3}', '{"settings": {}, "extend": "x"}']
+)
 def test_a_malformed_preset_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(InputError, match=r"recipe\.json"):

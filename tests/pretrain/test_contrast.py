@@ -46,7 +46,7 @@ def test_first_step_costs_nothing_and_teaches_nothing() -> None:
     totals = objective.totals({feature: hidden}, teacher, batch, projections)
     totals.sum().backward()
     assert totals.tolist() == [0.0] and hidden.grad is not None and not hidden.grad.any()
-    objective.remember([teacher], projections)
+    objective.remember([objective.note(teacher)], projections)
     assert torch.equal(space.memory[:2], teacher[feature][:, 0]) and int(space.written) == 2
     assert objective.totals({feature: hidden}, teacher, batch, projections) > 0
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from pretrain.attention import plain_attention
 from pretrain.encoder import encode
 from pretrain.features import Predictions
-from pretrain.objectives import LayerPair, Settings, build_objective, prediction, relation
+from pretrain.objectives import LayerPair, Settings, build_objective, relation
 from pretrain.objectives.base import LEAN_FROM
-from pretrain.objectives.prediction import chunk_logits
+from pretrain.objectives.prediction import count_chunks
 from pretrain.objectives.relation import (
     Sides,
     divergence,
@@ -116,35 +116,33 @@ def test_no_graph_no_gradient_work() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize("positions", ["masked", "all"])
-def test_chunked_kd_equals_the_plain_one(
-    family: str, positions: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_kd_equals_the_plain_one(family: str, positions: str) -> None:
     """Value, and the gradient of every parameter of the student, its head's included."""
     student, teacher = tiny_encoder(family, 1), tiny_encoder(family, 2)
     pad = 1 if family == "roberta" else 0
     batch = ragged_batch((9, 4, 6), pad=pad, seed=3)
-    monkeypatch.setattr(prediction, "CHUNK", 4 * student.shape.vocab)  # 4 positions at a time
     values, gradients = [], []
-    for chunked in (False, True):
-        settings = Settings((LayerPair(1, 1),), 2.0, positions, chunked_logits=chunked)  # type: ignore[arg-type]
+    for chunks in (0, 1, 3, 50):  # 50 are more than there are positions
+        settings = Settings((LayerPair(1, 1),), 2.0, positions, logit_chunks=chunks)  # type: ignore[arg-type]
         objective = build_objective("kd", settings)
         with torch.inference_mode():
             theirs = encode(teacher.model, batch, objective.teacher_features(), plain_attention)
         ours = encode(student.model, batch, objective.student_features(), plain_attention)
-        assert all(isinstance(value, Predictions) == chunked for value in ours.values())
+        assert all(isinstance(value, Predictions) == bool(chunks) for value in ours.values())
         value = objective.totals(ours, theirs, batch, {}).sum()
         values.append(value)
         parameters = [p for p in student.model.parameters() if p.requires_grad]
         gradients.append(torch.autograd.grad(value, parameters, allow_unused=True))
-    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
-    for one, two in zip(*gradients, strict=True):
-        assert (one is None) == (two is None)
-        if one is not None:
-            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+    for value, found in zip(values[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(value, values[0], rtol=1e-12, atol=0)
+        for one, two in zip(found, gradients[0], strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 def test_chunked_kd_without_masked_positions_costs_nothing() -> None:
-    objective = build_objective("kd", Settings((LayerPair(1, 1),), chunked_logits=True))
+    objective = build_objective("kd", Settings((LayerPair(1, 1),), logit_chunks=3))
     student = tiny_encoder("bert", 1)
     batch = ragged_batch((5, 3), probability=0.0)
     wanted = objective.student_features()
@@ -157,5 +155,5 @@ def test_auto_takes_the_lean_form_for_long_rows_and_large_logits() -> None:
     assert not settings.lean(LEAN_FROM - 1) and settings.lean(LEAN_FROM)
     assert replace(settings, form="lean").lean(8)
     assert not replace(settings, form="plain").lean(8192)
-    assert not chunk_logits("auto", 1024 * 30522) and chunk_logits("auto", 8192 * 30522)
-    assert chunk_logits("lean", 1) and not chunk_logits("plain", 1e12)
+    assert count_chunks("auto", 1024 * 30522) == 0 and count_chunks("auto", 8192 * 30522) == 8
+    assert count_chunks("lean", 1) == 1 and count_chunks("plain", 1e12) == 0

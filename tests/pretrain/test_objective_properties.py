@@ -9,6 +9,7 @@ from pretrain.features import Feature
 from pretrain.models import Shape
 from pretrain.objectives import OBJECTIVES, LayerPair, Settings, build_objective
 from pretrain.objectives.composite import WeightedSum
+from pretrain.objectives.contrast import ContrastSpace
 from tests.pretrain.tiny import VOCAB, ragged_batch
 
 DISTANCES = sorted(set(OBJECTIVES) - {"mlm", "kd", "hid-cls-contrast"})
@@ -46,7 +47,11 @@ def objective_of(name: str, form: str, own: Shape, other: Shape) -> tuple[Weight
     """The objective, with a relation head for each head, and its maps."""
     chosen = Settings((PAIR,), relation_heads=own.heads, form=form, negatives=3)  # type: ignore[arg-type]
     objective = build_objective(name, chosen)
-    return objective, dict(objective.projections(own, other).double().items())
+    maps = dict(objective.projections(own, other).double().items())
+    for space in maps.values():
+        if isinstance(space, ContrastSpace):  # with vectors to tell the right one from
+            space.remember(torch.randn(5, other.hidden, dtype=torch.float64))
+    return objective, maps
 
 
 @SMALL

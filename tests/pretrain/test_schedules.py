@@ -41,3 +41,12 @@ def test_time_budget_counts_seconds_not_steps() -> None:
     assert schedule.learning_rate(0, seconds=3960) == pytest.approx(0.5)
     assert schedule.learning_rate(0, seconds=7200) == 0.0
     assert schedule.learning_rate(0, seconds=9000) == 0.0
+
+
+def test_share_of_the_run_goes_from_the_first_update_to_the_last() -> None:
+    """What an objective's weights follow: by steps alone, however long these take."""
+    schedule = LinearSchedule(peak=1.0, warmup=0.1, steps=5)
+    assert [schedule.done(step, seconds=1e9) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert LinearSchedule(peak=1.0, warmup=0.1, steps=1).done(0, 0.0) == 0
+    by_time = LinearSchedule(peak=1.0, warmup=0.1, hours=1.0)
+    assert [by_time.done(7, seconds) for seconds in (0, 900, 7200)] == [0, 0.25, 1]

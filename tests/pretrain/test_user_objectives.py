@@ -63,14 +63,33 @@ def test_the_objective_of_the_docs_works_and_is_short(repository: Path, user_pac
     [
         ("my_objectives:HiddenL2", "module my_objectives has no HiddenL2"),
         ("no_such_module:Loss", "No module named 'no_such_module'.*PYTHONPATH"),
+        ("broken_objectives:Loss", r"importing broken_objectives failed \(SyntaxError"),
+        ("wrong_unit:Loss", "unit 'token' is none of .*'tokens'"),
+        ("wrong_needs:Loss", "needs 'hiden', none of .*'hidden'"),
+        ("no_unit:Loss", "the class lacks unit"),
         ("my_objectives:Tensor", "no subclass of pretrain.objectives.base.Objective"),
         ("my_objectives:Objective", "lacks total"),
     ],
 )
 def test_a_class_that_cannot_serve_is_refused(
-    name: str, fact: str, repository: Path, user_package: Path
+    name: str,
+    fact: str,
+    repository: Path,
+    user_package: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (user_package / "my_objectives.py").write_text(code_of_the_docs(repository))
+    code = code_of_the_docs(repository)
+    (user_package / "my_objectives.py").write_text(code)
+    (user_package / "broken_objectives.py").write_text("class Loss(:\n")
+    renamed = code.replace("HiddenL1", "Loss")
+    changes = {
+        "wrong_unit": ('unit = "tokens"', 'unit = "token"'),
+        "wrong_needs": ('("hidden",)', '("hiden",)'),
+        "no_unit": ('unit = "tokens"', ""),
+    }
+    for module, (right, wrong) in changes.items():
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        (user_package / f"{module}.py").write_text(renamed.replace(right, wrong))
     with pytest.raises(InputError, match=fact) as refusal:
         build_objective(name, Settings((PAIR,)))
     assert "\n" not in str(refusal.value)
@@ -87,7 +106,9 @@ def test_relations_and_their_weights_are_read() -> None:
     assert parse_relations("q-q+k-k+v-v") == Settings(()).relations, "the default"
 
 
-@pytest.mark.parametrize("text", ["q", "q-x", "q-q-q", "qq", "", "q-q+", "0*q-q"])
+@pytest.mark.parametrize(
+    "text", ["q", "q-x", "q-q-q", "qq", "", "q-q+", "0*q-q", "0:1*q-q", "1:0*q-q+k-k"]
+)
 def test_malformed_relations_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--relations"):
         parse_relations(text)
@@ -141,3 +162,13 @@ def test_relation_heads_that_do_not_divide_are_refused_with_those_that_do() -> N
 def test_only_the_sides_of_the_relations_are_asked_for() -> None:
     chosen = Settings((PAIR,), relations=parse_relations("q-k"))
     assert build_objective("minilmv2", chosen).student_features() == {("query", 1), ("key", 1)}
+
+
+def test_learned_maps_of_the_same_name_are_refused(user_package: Path) -> None:
+    """A subclass of hid-seq that forgets its own `name`, beside hid-seq itself."""
+    (user_package / "twins.py").write_text(
+        "from pretrain.objectives.hidden import HidSeq\n\n\nclass Mine(HidSeq):\n    pass\n"
+    )
+    objective = build_objective("hid-seq+twins:Mine", Settings((PAIR,)))
+    with pytest.raises(InputError, match="twins:Mine: another term .* hid-seq_1_2"):
+        objective.projections(SMALL, LARGE)
