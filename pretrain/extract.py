@@ -17,16 +17,12 @@ from potstill.console import is_main_rank, program, progress, say
 from pretrain.attention import choose_attention
 from pretrain.batches import Slices, validation_batches
 from pretrain.engine import start_ranks
+from pretrain.extract_config import RANDOM, parse_config
+from pretrain.masking import shard_masking
 from pretrain.models import Encoder
-from pretrain.student.extraction import (
-    RANDOM,
-    Extraction,
-    is_finished,
-    make_extraction,
-    parse_config,
-)
+from pretrain.student.extraction import Extraction, is_finished, make_extraction
 from pretrain.student.extraction_record import describe, show, write
-from pretrain.student.importance import FirstRows, held_out_mlm, importance, shard_masking
+from pretrain.student.importance import FirstRows, held_out_mlm, importance
 from pretrain.student.width import Scores, choose, extract, random_scores
 from pretrain.summary import describe_shape
 

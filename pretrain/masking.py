@@ -6,11 +6,15 @@ a whole batch is masked by a few vector operations.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.models import WordPiece
+
+from data_prep.shard_format import TOKENIZER_FOLDER, read_manifest
+from data_prep.tokenization import load_tokenizer
 
 KEEP_ORIGINAL, RANDOM_TOKEN = 0.1, 0.1  # of the chosen tokens (BERT, section 3.1); 0.8 get [MASK]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -134,3 +138,24 @@ def word_continuations(tokenizer: Any) -> NDArray[np.bool_]:
     if isinstance(tokenizer.backend_tokenizer.model, WordPiece):  # RoBERTa's BPE has "##" as a word
         return np.array([token.startswith("##") for token in tokens])
     return np.array([not token.startswith(("Ġ", "▁")) for token in tokens])
+
+
+def shard_masking(
+    folder: Path, probability: float, seed: int, whole_words: bool = False
+) -> Masking:
+    """The masking of a folder of shards, by its own tokenizer.
+
+    Raises:
+        InputError: it is no folder of shards, or has no tokenizer.
+    """
+    manifest, tokenizer = read_manifest(folder), load_tokenizer(folder / TOKENIZER_FOLDER)
+    special = np.zeros(manifest.vocab_size, bool)
+    special[list(tokenizer.all_special_ids)] = True
+    return Masking(
+        probability,
+        manifest.special_ids["mask"],
+        manifest.vocab_size,
+        special,
+        continues=word_continuations(tokenizer) if whole_words else None,
+        seed=seed,
+    )

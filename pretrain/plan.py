@@ -16,9 +16,10 @@ from data_prep.shard_format import (
     read_manifest,
     verify_files,
 )
-from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
+from data_prep.tokenization import load_tokenizer
 from potstill.errors import InputError
 from pretrain.checkpoint import read_progress
+from pretrain.checks import check_positions, check_tokenizer
 from pretrain.config import Config
 from pretrain.ds_config import (
     BatchSizes,
@@ -175,7 +176,9 @@ def _build_student(
     torch.manual_seed(config.student_seed)  # of weights that neither a checkpoint nor `init` gives
     student = build_student(config.student, teacher, manifest, config.student_seed)
     objective = _build_objective(config, student, teacher, manifest, sizes)
-    _check_positions(manifest, student, teacher)
+    if teacher is not None:
+        check_positions(teacher, "teacher", manifest)
+    check_positions(student, "student", manifest)
     _check_freeze(config, objective)
     return student, objective
 
@@ -255,19 +258,9 @@ def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | No
     if source is None:
         return None
     check_local(source, "--teacher")
-    _check_tokenizer(source, config, manifest)
+    tokenizer = load_tokenizer(source, config.teacher.revision)
+    check_tokenizer(tokenizer, source, Path(str(config.data.data)), manifest)
     return load_encoder(source, "--teacher", config.teacher.revision)
-
-
-def _check_tokenizer(source: str, config: Config, manifest: Manifest) -> None:
-    """A teacher must read the very token numbers that stand in the shards."""
-    fingerprint = tokenizer_fingerprint(load_tokenizer(source))
-    if fingerprint != manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"--teacher {source} has another tokenizer than the shards in {config.data.data} "
-            f"(fingerprints {fingerprint[:12]} and {manifest.tokenizer_fingerprint[:12]}); shard "
-            f"the corpus again with --tokenizer {source}"
-        )
 
 
 def _build_objective(
@@ -293,22 +286,6 @@ def _build_objective(
         check_models(objective, student.shape, teacher.shape)
         check_teacher(teacher, objective.teacher_features(), str(settings.objective))
     return objective
-
-
-def _check_positions(manifest: Manifest, student: Encoder, teacher: Encoder | None) -> None:
-    for who, encoder in (("teacher", teacher), ("student", student)):
-        if encoder is None:
-            continue
-        if encoder.shape.positions < manifest.seq_length:
-            raise InputError(
-                f"the shards' seq_length is {manifest.seq_length}, but the {who} has only "
-                f"{encoder.shape.positions} positions; shard with a smaller --seq_length"
-            )
-        if encoder.shape.vocab < manifest.vocab_size:
-            raise InputError(
-                f"the shards' vocabulary has {manifest.vocab_size} tokens, the {who}'s only "
-                f"{encoder.shape.vocab}; shard with the {who}'s tokenizer"
-            )
 
 
 def is_finished(plan: Plan) -> bool:

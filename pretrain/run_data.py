@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import distributed as dist
 
-from data_prep.shard_format import TOKENIZER_FOLDER, TRAIN, VALIDATION, ShardReader
-from data_prep.tokenization import load_tokenizer
+from data_prep.shard_format import TRAIN, VALIDATION, ShardReader
 from pretrain.batches import (
     Batch,
     Slices,
@@ -16,7 +14,7 @@ from pretrain.batches import (
     training_batches,
     validation_batches,
 )
-from pretrain.masking import Masking, word_continuations
+from pretrain.masking import shard_masking
 from pretrain.plan import Plan
 
 DRY_ROWS = 256
@@ -27,17 +25,9 @@ class RunData:
 
     def __init__(self, plan: Plan) -> None:
         folder = Path(str(plan.config.data.data))
-        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         settings = plan.config.data
-        special = np.zeros(plan.manifest.vocab_size, bool)
-        special[list(tokenizer.all_special_ids)] = True
-        self._masking = Masking(
-            probability=settings.mlm_probability,
-            mask_id=plan.manifest.special_ids["mask"],
-            vocab_size=plan.manifest.vocab_size,
-            special=special,
-            continues=word_continuations(tokenizer) if settings.mask_whole_words else None,
-            seed=plan.config.run.seed,
+        self._masking = shard_masking(
+            folder, settings.mlm_probability, plan.config.run.seed, settings.mask_whole_words
         )
         self._plan, self._pad = plan, plan.manifest.special_ids["pad"]
         self._slices = Slices(

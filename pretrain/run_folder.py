@@ -13,13 +13,14 @@ from pretrain.config import Config
 from pretrain.ds_config import BatchSizes, precision
 from pretrain.students import Member, Stop, find_checkpoints, where_stopped
 
+RECORD = "config.json"
+
 
 def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) -> dict[str, Any]:
     """What makes it this run: its settings, the shards' content, batch, precision and ZeRO."""
-    manifest = (Path(str(config.data.data)) / MANIFEST).read_bytes()
     return {
         **config.identity(),
-        "data": hashlib.sha256(manifest).hexdigest(),
+        "data": data_identity(Path(str(config.data.data))),
         "global_batch": sizes.global_batch,
         "precision": str(precision(ds_config)),
         "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
@@ -51,23 +52,48 @@ def check_folders(
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder of another run, or of something else."""
-    record = folder / "config.json"
-    if record.exists():
-        try:
-            before = json.loads(record.read_text())["identity"]
-        except (ValueError, KeyError, TypeError) as error:
+    holds(folder / RECORD, identity, "run")
+    check_writable(folder, folder)
+
+
+def data_identity(folder: Path) -> str:
+    """What makes shards these: the digest of their manifest, which has each file's checksum."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:
+    """Whether the folder of this record has this very run (`kind`); otherwise it is empty.
+
+    Raises:
+        InputError: it has another one, or something else.
+    """
+    folder = record.parent
+    if not record.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(
-                f"{record} is unreadable ({error!r}); give another --output"
-            ) from error
-        changed = sorted(n for n in identity if identity[n] != before.get(n))
-        if changed:
-            name = changed[0]
-            raise InputError(
-                f"--output {folder} holds another run: {', '.join(changed)} differ "
-                f"({name} was {before.get(name)!r}, is {identity[name]!r}); give another --output"
+                f"--output {folder} is not empty and holds no {kind}; give another folder"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--output {folder} is not empty and holds no run; give another folder")
-    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
-        raise InputError(f"--output {folder}: the folder cannot be written")
+        return False
+    try:
+        before = json.loads(record.read_text())["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
+    changed = sorted(n for n in identity if identity[n] != before.get(n))
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"--output {folder} holds another {kind}: {', '.join(changed)} differ "
+            f"({name} was {before.get(name)!r}, is {identity[name]!r}); give another --output"
+        )
+    return True
+
+
+def check_writable(output: Path, place: Path) -> None:
+    """Refuse an output for which `place`, or the folder that it will be made in, is locked.
+
+    Raises:
+        InputError: no permission to write.
+    """
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--output {output}: the folder cannot be written")

@@ -1,20 +1,11 @@
-"""What an extraction is told, and everything that is checked before its long work starts."""
+"""A checked extraction: everything that is asked before its long work starts."""
 
-import argparse
-import difflib
-import hashlib
-import json
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from data_prep.shard_format import (
-    MANIFEST,
     TRAIN,
     VALIDATION,
     Manifest,
@@ -23,133 +14,16 @@ from data_prep.shard_format import (
     read_manifest,
     verify_files,
 )
-from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
+from data_prep.tokenization import load_tokenizer
 from potstill.errors import InputError
+from pretrain.checks import check_positions, check_tokenizer
+from pretrain.extract_config import IMPORTANCE, RANDOM, ExtractConfig
 from pretrain.models import Encoder, check_local, load_encoder
-from pretrain.student.depth import NAMED_INITS, Flags, layers_to_copy
-from pretrain.student.width import CONSISTENT, LOWEST, check_width
+from pretrain.run_folder import check_writable, holds
+from pretrain.student.depth import Flags, layers_to_copy
+from pretrain.student.width import check_width
 
-IMPORTANCE, RANDOM = "etd-impt", "etd-rand"
 RECORD = "extraction.json"
-
-
-def _help(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _check(right: bool, message: str) -> None:
-    if not right:
-        raise InputError(message)
-
-
-def _check_name(flag: str, name: str | None, known: Sequence[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
-        raise InputError(f"--{flag} {name!r} is not known; nearest: {', '.join(near)}")
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """What an extraction is told."""
-
-    teacher: str | None = _help("Teacher: a Hugging Face folder or hub name.")
-    revision: str | None = _help("Branch, tag or commit of a teacher on the hub.")
-    layers: int | None = _help("The student's layers.")
-    hidden: int | None = _help("The student's hidden size, a multiple of the teacher's heads.")
-    head_size: int | None = _help(
-        "Width of a head; Hugging Face encoders have hidden / heads, so it only checks --hidden."
-    )
-    ffn: int | None = _help("Feed-forward size. Default: in the teacher's proportion.")
-    method: str | None = _help(
-        "etd-impt: keep the neurons that matter most to the MLM loss on the first --rows rows (the "
-        "teacher needs a trained MLM head). etd-rand: keep random ones; needs no data."
-    )
-    depth: str = _help(
-        "Which teacher layers stay: first, last, uniform, alternate, or a list such as 1,8,12.",
-        "uniform",
-    )
-    data: str | None = _help("Folder of shards (data_prep/shard.py), with the teacher's tokenizer.")
-    rows: int = _help("Training rows that importance is measured on, from the first.", 10_000)
-    micro_batch: int = _help("Rows at a time; fewer need less memory.", 32)
-    mlm_probability: float = _help("Share of tokens to mask.", 0.15)
-    validation_rows: int = _help("Held-out rows for the MLM loss before and after.", 1_000)
-    ablation: str = _help(
-        "The paper's ablations: rev-ffn, rev-head, rev-hidden or rev-all keep the *least* "
-        "important neurons; no-hidden-consistency chooses hidden dimensions layer by layer.",
-        CONSISTENT,
-    )
-    seed: int = _help("Of random choices, masks, and a head that the teacher has not.", 0)
-    output: str | None = _help("Folder of the student; it appears whole or not at all.")
-    local_rank: int = _help("Set by the launcher.", -1)
-
-    def __post_init__(self) -> None:
-        for name in ("teacher", "layers", "hidden", "output", "method"):
-            _check(getattr(self, name) is not None, f"--{name} is missing; see --help")
-        _check_name("method", self.method, (IMPORTANCE, RANDOM))
-        _check_name("ablation", self.ablation, tuple(LOWEST))
-        _check(
-            self.method == IMPORTANCE or not LOWEST[self.ablation],
-            f"--ablation {self.ablation} reverses importance, which --method {RANDOM} does not "
-            f"look at; use --method {IMPORTANCE}",
-        )
-        if not re.fullmatch(r"\d+(,\d+)*", self.depth):
-            _check_name("depth", self.depth, [n for n in NAMED_INITS if n != "random"])
-        for name in ("layers", "hidden", "head_size", "ffn", "rows", "micro_batch"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"--{name} {value} must be positive")
-        _check(
-            self.validation_rows > 0, f"--validation_rows {self.validation_rows} must be positive"
-        )
-        _check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
-        _check(
-            0 < self.mlm_probability < 1,
-            f"--mlm_probability {self.mlm_probability} must lie between 0 and 1",
-        )
-        _check(
-            self.data is not None or self.method != IMPORTANCE,
-            f"--method {IMPORTANCE} measures importance on text: give --data, a folder of shards "
-            f"(data_prep/shard.py), or use --method {RANDOM}",
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """What makes it this extraction and no other; shards go by their content.
-
-        Raises:
-            InputError: `--data` is no folder of shards.
-        """
-        free = ("micro_batch", "validation_rows", "output", "local_rank")
-        settings = {name: value for name, value in asdict(self).items() if name not in free}
-        if self.data is not None:
-            check_local(self.data, "--data")
-            read_manifest(Path(self.data))
-            content = (Path(self.data) / MANIFEST).read_bytes()
-            settings["data"] = hashlib.sha256(content).hexdigest()
-        return settings
-
-
-def parse_config(arguments: Sequence[str] | None = None) -> ExtractConfig:
-    """Parse the command line.
-
-    Raises:
-        InputError: values that no extraction can have, or unknown flags.
-        SystemExit: malformed values (status 2), or `--help` (status 0).
-    """
-    parser = HfArgumentParser(
-        (ExtractConfig,),
-        prog="extract.py",
-        description="Extract a student of any width and depth from a teacher (ETD).",
-        epilog="Example: python pretrain/extract.py --teacher google-bert/bert-base-uncased "
-        "--layers 6 --hidden 384 --method etd-impt --data shards --output students/etd-6x384. "
-        "Then: deepspeed pretrain/run.py --student students/etd-6x384 --objective etd ...",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    config, unknown = parser.parse_args_into_dataclasses(
-        args=arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise InputError(f"unknown flags: {' '.join(unknown)}; --help lists all there are")
-    return config
 
 
 @dataclass(frozen=True)
@@ -204,13 +78,7 @@ def _check_data(config: ExtractConfig, tokenizer: Any) -> Manifest:
     """Shards of the teacher's tokenizer; the files that will be read are whole."""
     folder = Path(str(config.data))
     manifest = read_manifest(folder)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    if fingerprint != manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"--teacher {config.teacher} has another tokenizer than the shards in {folder} "
-            f"(fingerprints {fingerprint[:12]} and {manifest.tokenizer_fingerprint[:12]}); shard "
-            f"the corpus again with --tokenizer {config.teacher}"
-        )
+    check_tokenizer(tokenizer, str(config.teacher), folder, manifest)
     wanted = {VALIDATION: config.validation_rows}
     if config.method == IMPORTANCE:
         ShardReader(folder, TRAIN)  # refuses a split without rows
@@ -239,16 +107,8 @@ def _check_teacher(config: ExtractConfig, teacher: Encoder, manifest: Manifest |
             "measures importance by the MLM loss; train a head (pretrain/run.py --objective mlm "
             f"--freeze encoder --student {teacher.source}), or use --method {RANDOM}"
         )
-    if manifest and teacher.shape.positions < manifest.seq_length:
-        raise InputError(
-            f"the shards' seq_length is {manifest.seq_length}, but the teacher has only "
-            f"{teacher.shape.positions} positions; shard with a smaller --seq_length"
-        )
-    if manifest and teacher.shape.vocab < manifest.vocab_size:
-        raise InputError(
-            f"the shards' vocabulary has {manifest.vocab_size} tokens, the teacher's only "
-            f"{teacher.shape.vocab}; shard with the teacher's tokenizer"
-        )
+    if manifest:
+        check_positions(teacher, "teacher", manifest)
 
 
 def is_finished(config: ExtractConfig) -> bool:
@@ -258,26 +118,7 @@ def is_finished(config: ExtractConfig) -> bool:
         InputError: it holds another one, or something else, or cannot be written.
     """
     folder = Path(str(config.output))
-    record = folder / RECORD
-    own = config.identity()
-    if record.exists():
-        try:
-            before = json.loads(record.read_text())["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{record} is unreadable ({error!r}); give another --output"
-            ) from error
-        changed = sorted(name for name in own if own[name] != before.get(name))
-        if changed:
-            name = changed[0]
-            raise InputError(
-                f"--output {folder} holds another extraction: {', '.join(changed)} differ ({name} "
-                f"was {before.get(name)!r}, is {own[name]!r}); give another --output"
-            )
-        return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--output {folder} is not an empty folder; give another one")
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--output {folder}: the folder cannot be written")
-    return False
+    finished = holds(folder / RECORD, config.identity(), "extraction")
+    if not finished:
+        check_writable(folder, folder.absolute().parent)  # it is made beside, and moved there
+    return finished

@@ -11,8 +11,9 @@ from data_prep.shard_format import TRAIN
 from potstill.console import say
 from potstill.files import whole_folder, write_json, write_text
 from pretrain.environment import git_commit
+from pretrain.extract_config import IMPORTANCE
 from pretrain.models import HEADS, UNTRAINED, Encoder
-from pretrain.student.extraction import IMPORTANCE, RECORD, Extraction
+from pretrain.student.extraction import RECORD, Extraction
 from pretrain.student.importance import importance_flops
 from pretrain.student.width import INCONSISTENT, Indices, Kept
 from pretrain.summary import describe_shape

@@ -8,7 +8,6 @@ as in epoch 0. No dropout.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional
 
-from data_prep.shard_format import TOKENIZER_FOLDER, ShardReader, read_manifest
-from data_prep.tokenization import load_tokenizer
+from data_prep.shard_format import ShardReader
 from potstill.errors import InputError
 from pretrain.attention import Attention
 from pretrain.batches import Batch, make_batch
@@ -30,16 +28,6 @@ from pretrain.models import Encoder, Shape, freeze
 from pretrain.student.width import Scores, score_sizes
 
 LOGITS = Feature("logits", "masked")
-
-
-def shard_masking(folder: Path, probability: float, seed: int) -> Masking:
-    """Masking of single tokens, by the tokenizer of a folder of shards."""
-    manifest = read_manifest(folder)
-    special = np.zeros(manifest.vocab_size, bool)
-    special[list(load_tokenizer(folder / TOKENIZER_FOLDER).all_special_ids)] = True
-    return Masking(
-        probability, manifest.special_ids["mask"], manifest.vocab_size, special, seed=seed
-    )
 
 
 @dataclass(frozen=True)

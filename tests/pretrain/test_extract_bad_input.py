@@ -198,7 +198,7 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
         ),
     ),
     "unreadable record": (output_with(RECORD, "{"), (RECORD, "unreadable")),
-    "foreign folder": (output_with("thesis.tex", "x"), ("not an empty folder", "another")),
+    "foreign folder": (output_with("thesis.tex", "x"), ("not empty", "holds no extraction")),
 }
 
 

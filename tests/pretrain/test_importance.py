@@ -17,6 +17,7 @@ from potstill.errors import InputError
 from pretrain.attention import cpu_attention, plain_attention
 from pretrain.batches import Batch, make_batch
 from pretrain.encoder import encode
+from pretrain.masking import shard_masking
 from pretrain.models import Encoder, Shape, shape_of
 from pretrain.student.importance import (
     LOGITS,
@@ -26,7 +27,6 @@ from pretrain.student.importance import (
     importance,
     importance_flops,
     mlm_sum,
-    shard_masking,
 )
 from pretrain.student.width import Scores, choose, extract, random_scores
 from tests.launch import Materials

@@ -186,6 +186,11 @@ def output_with(name: str, text: str) -> Change:
     return change
 
 
+def output_file(_: Materials, folder: Path) -> Given:
+    (folder / "notes.txt").write_text("x")
+    return {"output": folder / "notes.txt"}
+
+
 def these(**given: Any) -> Change:
     """Just other flags; a path is inside the test's folder."""
     return lambda _, folder: {
@@ -264,6 +269,7 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "unreadable run": (output_with("config.json", "{"), ("config.json", "unreadable")),
     "foreign folder": (output_with("thesis.tex", "x"), ("not empty", "another folder")),
+    "output is a file": (output_file, ("not empty", "another folder")),
     "resume from nowhere": (these(resume="./none"), ("--resume", "no whole checkpoint")),
     "missing student": (these(student="./none"), ("--student", "no such folder")),
 }
