@@ -178,13 +178,12 @@ def main() -> None:
     folders = [distil(study, seed) for seed in range(chosen.seeds)]
     curves = {start: [curve(folder, start) for folder in folders] for start in STARTS}
     found = summary(curves)
+    extraction = without(output / "etd-impt" / "extraction.json", "kept", "identity")
     report = {
         "summary": found,
         "curves": curves,
         "lr": chosen.lr,
-        "extraction": without(
-            output / "etd-impt" / "extraction.json", "kept", "teacher", "command"
-        ),
+        "extraction": extraction,
         "environment": without(folders[0] / "students" / "random" / "environment.json", "command"),
     }
     write_json(chosen.results / "extraction-study.json", report)

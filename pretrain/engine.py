@@ -1,5 +1,6 @@
 """From a plan to a run: ranks, engines, teacher on its device, batches, files."""
 
+import atexit
 import logging
 import os
 from dataclasses import asdict, replace
@@ -59,7 +60,16 @@ def start_ranks() -> torch.device:
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, verbose=False
     )
+    if on_cpu:
+        # gloo's threads must not outlive the interpreter, however the program ends: the process
+        # would now and then abort (status -6) in place of its own exit status.
+        atexit.register(_leave_ranks)
     return torch.device("cpu" if on_cpu else f"{accelerator.device_name()}:{local_rank}")
+
+
+def _leave_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _own_folder_for_builds() -> None:
