@@ -96,6 +96,9 @@ def _execute(stage: Stage) -> float:
     variables = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
     # The demo loads nothing from the model hub, and must not wait for one.
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    # One compiler at a time builds DeepSpeed's op, beside the ranks that wait for it: two more
+    # would lift the demo's peak of memory over 4 GiB.
+    variables["MAX_JOBS"] = "1"
     if stage.threads:
         variables["OMP_NUM_THREADS"] = str(stage.threads)
     command = list(stage.command)
