@@ -3,14 +3,12 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.shard_format import TRAIN, read_manifest
@@ -25,17 +23,6 @@ from tests.launch import materials_fixture as materials_fixture
 PROGRAM = REPOSITORY / "pretrain" / "extract.py"
 Given = dict[str, Any]
 Change = Callable[[Materials, Path], Given]
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    store = dist.FileStore(str(tmp_path / "ranks"), 1)
-    dist.init_process_group(
-        "gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60)
-    )
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

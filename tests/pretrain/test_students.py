@@ -3,14 +3,11 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 
 from potstill.errors import InputError, TrainingError
 from potstill.files import write_json
@@ -43,16 +40,6 @@ def configure(folder: Path, students: Any, **given: Any) -> Config:
     path = folder / "students.json"
     path.write_text(students if isinstance(students, str) else json.dumps(students))
     return parse_config(flags(**(COMMON | {"students": path} | given)))
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "ranks"), 1)
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=limit)
-    yield
-    dist.destroy_process_group()
 
 
 # --- settings
