@@ -55,7 +55,7 @@ check: $(VENV)/.test-installed
 
 bench: $(VENV)/.test-installed
 	python benchmarks/attention.py
-	python benchmarks/sharding.py --input "$(DATA)/corpus" --tokenizer "$(DATA)/vocab/bert-base-uncased"
+	python benchmarks/shards.py
 	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
 	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
 		--model student="$(RUNS)/real/att-mse-uniform/student"

@@ -12,17 +12,13 @@ programs on the machine hardly matter; otherwise it is the wall clock.
 """
 
 import argparse
-import datetime
-import os
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import CLOCKS, clock_name, machine
 
 from potstill.console import program
 from potstill.files import write_json
@@ -34,15 +30,6 @@ USES = {  # backward pass, dropout
     "forward+backward, dropout 0.1": (True, 0.1),
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-CLOCKS = {"wall": time.perf_counter, "process CPU time": time.process_time}
-
-
-def clock_name(device: torch.device) -> str:
-    """The clock that fits the device; see the module's docstring."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return "process CPU time" if alone else "wall"
 
 
 @dataclass(frozen=True)
@@ -103,28 +90,6 @@ def measure(
         ratio_low=low,
         ratio_high=high,
     )
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    name = platform.processor()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device.type,
-        "name": name,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "clock": clock_name(device),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def print_table(rows: list[Row]) -> None:

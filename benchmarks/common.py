@@ -1,16 +1,25 @@
-"""What the studies share: the real teacher and corpus, commands that are shown, folders."""
+"""What the studies share: the real teacher and corpus, commands, folders, the machine, clocks."""
 
+import datetime
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from pretrain.environment import git_commit
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("POTSTILL_DATA", ROOT.parent / "shared" / "data"))
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+CLOCKS = {"wall": time.perf_counter, "process CPU time": time.process_time}
 
 
 def packaged_teacher() -> Path:
@@ -63,3 +72,32 @@ def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings with the last part of every path."""
     names = ("data", "teacher", "student", "students", "output", "ds_config")
     return {n: Path(v).name if n in names and v else v for n, v in settings.items()}
+
+
+def clock_name(device: torch.device) -> str:
+    """The clock that fits: other programs hardly touch the CPU time of a lone thread."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return "process CPU time" if alone else "wall"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.type,
+        "name": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "clock": clock_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": git_commit() or "unknown",
+    }

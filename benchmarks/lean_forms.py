@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import machine
+from common import machine
 from torch import Tensor, nn
 
 from potstill.console import program
@@ -45,7 +45,7 @@ def full_batch(rows: int, length: int) -> Batch:
     """Rows without padding or masked positions."""
     ids, none = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     counts = {"sequences": rows, "tokens": ids.numel(), "masked": 0, "pairs": rows * length**2}
-    return Batch(ids, ids == 0, none, none, True, counts)
+    return Batch(ids, ids == 0, none, none, True, counts, none)
 
 
 def relation_step(

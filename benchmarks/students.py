@@ -62,7 +62,7 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "students.json"
             write_json(file, students)
-            self.plan: Plan = make_plan(parse_config(self._flags(options, folder, file)))
+            self.plan: Plan = make_plan(parse_config(self._flags(options, folder, file)), device)
             self.loop = Loop(*build_run(self.plan, device))
         self._batches = self.loop.run.batches(0)
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

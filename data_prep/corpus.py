@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.readers import (
     DatasetName,
@@ -27,7 +27,6 @@ READERS = {".txt": read_text, ".jsonl": read_json_lines, ".json": read_json_line
 KINDS = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
 PIECE_CHARACTERS = 500  # a piece ends at the first paragraph end behind this many characters,
 LONGEST_PIECE = 16_000  # or at the last blank before this many
-_PARAGRAPH_END = re.compile(r"(?<=\S)[ \t\r\f\v]*\n")
 # Cuts lie before a run of whitespace: no usual pre-tokenizer joins a word with what follows it.
 _BLANK = re.compile(r".*\S(?=[ \n\t])", re.DOTALL)
 
@@ -73,7 +72,7 @@ def find_sources(inputs: list[str]) -> list[Source]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p, path))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_text(p, path))
             if not inside:
                 raise InputError(f"--input {given} has no file of a kind that is read: {KINDS}")
             sources += [_source(str(p), p) for p in inside]
@@ -104,7 +103,8 @@ def _kind_of(path: Path) -> str:
     return suffix if suffix in (*READERS, ".parquet") else ""
 
 
-def _is_text(path: Path, folder: Path) -> bool:
+def is_text(path: Path, folder: Path) -> bool:
+    """Whether a file in a folder is of a kind that is read, and not hidden."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return bool(_kind_of(path)) and not hidden
 
@@ -149,8 +149,7 @@ class Position:
         return Position(source, before.pieces + 1, hashlib.sha256(told).hexdigest())
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Text that is tokenised at once; `position` is the place behind it."""
 
     text: str
@@ -210,10 +209,23 @@ def cut_fragments(fragments: Iterator[Fragment]) -> Iterator[Fragment]:
 def _cut(text: str, start: int) -> int:
     """Where the piece that begins at `start` ends; `start` while that is not known yet."""
     limit = start + LONGEST_PIECE
-    end = _PARAGRAPH_END.search(text, start + PIECE_CHARACTERS, limit)
-    if end:
-        return end.start()
+    end = _paragraph_end(text, start + PIECE_CHARACTERS, limit)
+    if end is not None:
+        return end
     if len(text) <= limit:
         return start
     blank = _BLANK.match(text, start, limit)
     return blank.end() if blank else limit
+
+
+def _paragraph_end(text: str, start: int, limit: int) -> int | None:
+    """The first place in [start, limit) behind a word where only blanks come before a newline."""
+    newline = text.find("\n", start, limit)
+    while newline >= 0:
+        end = newline
+        while end > start and text[end - 1] in " \t\r\f\v":
+            end -= 1
+        if not text[end - 1].isspace():
+            return end
+        newline = text.find("\n", newline + 1, limit)
+    return None

@@ -48,7 +48,7 @@ class RowPacker:
 
     def add(self, ids: np.ndarray) -> None:
         """Append token ids (n,) to the stream."""
-        self._parts.append(ids)
+        self._parts.append(ids.astype(self._dtype))  # a copy: a view would hold its whole batch
         self._waiting += len(ids)
 
     def full_block(self) -> np.ndarray | None:
@@ -68,7 +68,7 @@ class RowPacker:
 
     def waiting(self) -> np.ndarray:
         """The content (n,) that is in no block yet."""
-        return np.concatenate([np.empty(0, self._dtype), *self._parts]).astype(self._dtype)
+        return np.concatenate([np.empty(0, self._dtype), *self._parts])
 
     def restore(self, content: np.ndarray, begun: bool) -> None:
         """Go on where a packer with that content waiting stood."""

@@ -13,7 +13,9 @@ from types import FrameType
 from typing import Any
 
 from data_prep.corpus import Position, Source, check_apart, find_sources, probe, read_pieces
+from data_prep.engines import ENGINES, check_engine, check_installed
 from data_prep.journal import Journal
+from data_prep.legacy_shards import Converter, find_legacy
 from data_prep.readers import DatasetName, ReadOptions
 from data_prep.shard_format import TRAIN, VALIDATION, Manifest, read_manifest, verify_files
 from data_prep.sharding import Sharder, ShardPlan, settings_of
@@ -28,6 +30,10 @@ from data_prep.tokenization import (
 from potstill.console import program, progress, say
 from potstill.errors import InputError, PotstillError
 
+INPUTS = (
+    ".txt .jsonl .json .parquet, or folders of them; or HDF5 shards of academic-budget BERT's or "
+    "NVIDIA's scripts, whose masks are undone"
+)
 LISTED_SOURCES = 20  # --info stays on a screen
 EXAMPLES = """\
 examples:
@@ -73,7 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     add = what.add_argument
-    add("--input", nargs="+", metavar="PATH", help=".txt .jsonl .json .parquet, or folders of them")
+    add("--input", nargs="+", metavar="PATH", help=INPUTS)
     add("--dataset", metavar="NAME", help="a Hugging Face data set: hub name or local folder")
     add("--verify", metavar="DIR", type=Path, help="check every file against the manifest")
     add("--info", metavar="DIR", type=Path, help="rows, tokens, padding, tokenizer, sources")
@@ -101,6 +107,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="V",
         help="learn a lower-case BERT "
         "WordPiece vocabulary of V tokens from the corpus (30522 in BERT)",
+    )
+    add(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what tokenises: tokenizers (default), or tokie, many times faster for BERT's "
+        "WordPiece and the same to the token; the shards do not depend on it",
     )
     add("--output", type=Path, metavar="DIR", help="a folder of its own for the shards")
     add(
@@ -163,7 +176,11 @@ def shard(args: argparse.Namespace) -> None:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
     plan = ShardPlan(args.seq_length, args.validation_fraction, args.rows_per_shard, args.seed)
     options = ReadOptions(args.text_column, args.document_per_file, args.on_bad_text)
+    check_installed(args.engine)
     check_apart(args.input or [args.dataset], args.output)
+    if args.input and (older := find_legacy(args.input)):
+        convert(args, plan, older)
+        return
     sources = sources_of(args)
     probe(sources, options)
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
@@ -178,11 +195,12 @@ def shard(args: argparse.Namespace) -> None:
         if tokenizer is None:
             tokenizer = learned_tokenizer(args.train_tokenizer, journal, sources, options)
         sharder = Sharder(journal, plan, sources, options, tokenizer)
+        check_engine(encoder_settings(tokenizer), args.engine)
         if sharder.continues:
             say(f"going on behind {len(sharder.state.shards)} finished shards")
         if pieces_change_tokens(TextEncoder(*encoder_settings(tokenizer))):
             say("note: this tokenizer reads a paragraph differently behind another than on its own")
-        manifest, tokens, seconds = sharder.run(args.workers)
+        manifest, tokens, seconds = sharder.run(args.workers, args.engine)
     except OSError as error:
         raise PotstillError(
             f"{args.output} cannot be written ({error.strerror or error}); finished shards are "
@@ -197,6 +215,44 @@ def shard(args: argparse.Namespace) -> None:
         f"next: deepspeed pretrain/run.py --ds_config ds_configs/cpu.json --data {args.output} "
         "--teacher NAME_OR_DIR --objective att-mse --output RUN"
     )
+
+
+def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) -> None:
+    """Make shards of the older shards of other scripts; see `data_prep.legacy_shards`."""
+    if args.tokenizer is None:
+        raise InputError(
+            f"--input {sources[0].name} holds tokens: --train_tokenizer cannot learn from them; "
+            "give the --tokenizer that they were made with"
+        )
+    tokenizer = load_tokenizer(args.tokenizer)
+    journal = Journal(args.output)
+    settings = settings_of(plan, sources, ReadOptions(), tokenizer_identity(args, tokenizer))
+    if journal.is_complete(settings):
+        journal.close()
+        say(f"{args.output} is complete already, with these settings")
+        return
+    converter = Converter(journal, plan, sources, tokenizer)
+    converter.check()
+    try:
+        journal.begin(settings)
+        manifest, tokens, seconds = converter.run()
+    except Signalled:
+        say("shards of other scripts are converted all or nothing: nothing is kept")
+        raise
+    except OSError as error:
+        raise PotstillError(
+            f"{args.output} cannot be written ({error.strerror or error}); make room and run the "
+            "same command again: it begins from the start"
+        ) from error
+    finally:
+        journal.release()
+    describe(args.output, manifest)
+    if not converter.continues:  # it was stopped after its last row: nothing was read again
+        rows = manifest.documents + converter.duplicates
+        say(
+            f"{rows:,} rows read in {seconds:.1f} s: {rows / seconds:,.0f} rows/s; "
+            f"{converter.duplicates:,} were equal to others and left out"
+        )
 
 
 def warn_of_split(manifest: Manifest) -> None:

@@ -6,6 +6,8 @@ dataset's place in the file. Layouts are written and read only here.
 """
 
 import json
+import mmap
+import resource
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,7 +189,7 @@ class ShardReader:
         self._dtype = token_dtype(manifest.vocab_size)
         self._files = manifest.of_split(split)
         self._starts = np.cumsum([0] + [file.rows for file in self._files])
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
         if not self._files:
             raise InputError(
                 f"{folder} has no {split} rows; shard a corpus of two documents or more "
@@ -208,21 +210,51 @@ class ShardReader:
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"row numbers must lie in [0, {self.rows})")
         out = np.empty((len(rows), self.seq_length), dtype=np.int64)
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            out[chosen] = self._map(int(shard))[rows[chosen] - self._starts[shard]]
+        order = np.argsort(rows)  # each shard once, its pages in sequence
+        ends = np.searchsorted(rows[order], self._starts)
+        for shard in np.flatnonzero(np.diff(ends)):
+            places = order[ends[shard] : ends[shard + 1]]
+            # The base class: indexing a memmap itself costs more than a small read.
+            out[places] = np.asarray(self._map(int(shard)))[rows[places] - self._starts[shard]]
         return out
 
-    def _map(self, shard: int) -> np.ndarray:
+    def expect(self, firsts: np.ndarray, count: int) -> None:
+        """Let the kernel read `count` rows from each of `firsts` (n,) on ahead of their use.
+
+        A hint: nothing waits, and of rows that go on in another shard only the first part is read.
+        """
+        for shard, first in zip(*self._places(firsts), strict=True):
+            mapped = self._map(int(shard))
+            row_bytes = mapped.strides[0]
+            start = mapped.offset % mmap.ALLOCATIONGRANULARITY + int(first) * row_bytes
+            aligned = start - start % mmap.PAGESIZE
+            end = min(start + count * row_bytes, len(mapped._mmap))  # type: ignore[attr-defined]
+            mapped._mmap.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)  # type: ignore[attr-defined]
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row inside it."""
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        return shards, rows - self._starts[shards]
+
+    def _map(self, shard: int) -> "np.memmap[Any, Any]":
         if shard not in self._maps:
             file = self._files[shard]
             shape = (file.rows, self.seq_length)
+            _allow_open_files(len(self._files))
             self._maps[shard] = _map_dataset(self.folder / file.name, shape, self._dtype)
         return self._maps[shard]
 
 
-def _map_dataset(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+def _allow_open_files(shards: int) -> None:
+    """Raise the process's own limit as far as it may: a memory map holds its file open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * shards + 512  # both splits, and what else the process opens
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def _map_dataset(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> "np.memmap[Any, Any]":
     """A read-only map of the dataset's bytes (HDF5 itself only tells where they start)."""
     try:
         with h5py.File(path, "r") as file:
@@ -232,7 +264,10 @@ def _map_dataset(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> np
             raise InputError(
                 f"{path} holds {found}, the manifest says {(shape, dtype)}; shard again"
             )
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        # Else the kernel reads up to megabytes around every row; `expect` says what will be used.
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return mapped
     except (OSError, KeyError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read ({error}); check it with data_prep/shard.py --verify"

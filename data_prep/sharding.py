@@ -98,8 +98,10 @@ class Sharder:
                 packer.restore(waiting[split], self.state.begun[split])
             self.packers[split] = packer
 
-    def run(self, workers: int) -> tuple[Manifest, int, float]:
+    def run(self, workers: int, engine: str = "tokenizers") -> tuple[Manifest, int, float]:
         """Shard everything; the manifest, the tokens read in this run, and its seconds.
+
+        The shards depend neither on the number of workers nor on the engine.
 
         Raises:
             InputError: bad input, or no text at all; what was finished is kept.
@@ -107,8 +109,9 @@ class Sharder:
         started, tokens = time.perf_counter(), 0
         if not self.state.finished:
             pieces = read_pieces(self.sources, self.options, self.state.position)
+            settings = encoder_settings(self.tokenizer)
             with progress(unit=" tokens", unit_scale=True, desc="sharding") as bar:
-                for batch, encoded in tokenize(pieces, encoder_settings(self.tokenizer), workers):
+                for batch, encoded in tokenize(pieces, settings, workers, engine):
                     for piece, ids in zip(batch, encoded, strict=True):
                         self._take(piece.position.source, ids)
                         self._pass(piece.ends, piece.bad)

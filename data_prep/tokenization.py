@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from potstill.errors import InputError
 from potstill.files import whole_folder, write_json
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+EncoderSettings = tuple[str, dict[str, int]]  # tokenizer.json, forbidden ids by token
 
 
 def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Any:
@@ -104,11 +106,18 @@ class TextEncoder:
         self._forbidden = forbidden
         self._forbidden_ids = np.array(sorted(forbidden.values()))
 
-    def encode(self, pieces: list[str]) -> list[np.ndarray]:
-        """The ids, int32, of each piece."""
+    def ids(self, pieces: list[str]) -> list[list[int]]:
+        """What the tokenizer itself gives for each piece."""
         found = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        encoded = [np.array(one.ids, dtype=np.int32) for one in found]
-        if encoded and np.isin(np.concatenate(encoded), self._forbidden_ids).any():
+        return [one.ids for one in found]
+
+    def encode(self, pieces: list[str]) -> list[np.ndarray]:
+        """The ids, int32, of each piece: views of one array."""
+        found = self.ids(pieces)
+        ends = list(accumulate(map(len, found), initial=0))
+        together = np.fromiter(chain.from_iterable(found), np.int32, ends[-1])
+        encoded = [together[start:end] for start, end in pairwise(ends)]
+        if np.isin(together, self._forbidden_ids).any():
             for place, ids in enumerate(encoded):
                 if np.isin(ids, self._forbidden_ids).any():
                     encoded[place] = self._encode_apart(pieces[place])
@@ -151,8 +160,8 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def encoder_settings(tokenizer: Any) -> tuple[str, dict[str, int]]:
-    """What a `TextEncoder` is built from, in any process: (tokenizer.json, forbidden ids by token).
+def encoder_settings(tokenizer: Any) -> EncoderSettings:
+    """What a `TextEncoder` is built from, in any process.
 
     The unknown token is not forbidden: it is what unknown text becomes.
     """

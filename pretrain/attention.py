@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from pretrain.dropout import draw_kept
 
 Backend = Literal["auto", "sdpa", "plain"]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -45,17 +47,59 @@ def plain_attention(
     return torch.matmul(probabilities, value)
 
 
+class _TrainedAttention(torch.autograd.Function):
+    """`plain_attention` with its backward written out, and cheap dropout: for CPUs.
+
+    In few passes over L x L tensors, which is what a CPU spends its time on: they stay in the
+    precision of the model, softmax and its backward being computed in float32 within.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        ctx.factor, ctx.scale = 1 / math.sqrt(query.shape[-1]), 1.0
+        scores = torch.matmul(query * ctx.factor, key.transpose(-2, -1))
+        if key_mask is not None:
+            scores.masked_fill_(~key_mask, float("-inf"))
+        dropped = probabilities = scores.softmax(dim=-1)
+        kept = None
+        if dropout:
+            kept, ctx.scale = draw_kept(scores.shape, dropout)
+            dropped = kept.to(probabilities.dtype).mul_(probabilities)
+        ctx.save_for_backward(query, key, value, probabilities, kept)
+        return torch.matmul(dropped, value * ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, probabilities, kept = ctx.saved_tensors
+        gradient = gradients[0] * ctx.scale
+        to_scores = torch.matmul(gradient, value.transpose(-2, -1))
+        dropped = probabilities
+        if kept is not None:
+            keep = kept.to(probabilities.dtype)
+            to_scores.mul_(keep)
+            dropped = keep.mul_(probabilities)
+        to_value = torch.matmul(dropped.transpose(-2, -1), gradient)
+        to_scores = torch._softmax_backward_data(to_scores, probabilities, -1, probabilities.dtype)
+        to_query = torch.matmul(to_scores, key * ctx.factor)
+        to_key = torch.matmul(to_scores.transpose(-2, -1), query * ctx.factor)
+        return to_query, to_key, to_value, None, None
+
+
 def cpu_attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """What is fastest on a CPU: the fused kernel forward only, the written-out form for training.
+    """What is fastest on a CPU: the fused kernel forward only, and in float32 without dropout.
 
-    Measured by `benchmarks/attention.py` (results/attention-cpu.json): forward alone, the fused
-    kernel takes 0.4 (bfloat16) to 0.9 (float32) of the time; with its backward it takes 1.1 times
-    as long in float32 and up to twice as long in bfloat16.
+    Otherwise the written-out form. Measured by `benchmarks/attention.py`
+    (results/attention-cpu.json).
     """
-    attention = plain_attention if query.requires_grad else sdpa_attention
-    return attention(query, key, value, key_mask, dropout)
+    if not query.requires_grad or (query.dtype == torch.float32 and not dropout):
+        return sdpa_attention(query, key, value, key_mask, dropout)
+    if torch.compiler.is_compiling():  # the compiler cannot see into NumPy's bit stream
+        return plain_attention(query, key, value, key_mask, dropout)
+    return _TrainedAttention.apply(query, key, value, key_mask, dropout)
 
 
 def choose_attention(backend: Backend, device: torch.device) -> Attention:

@@ -3,17 +3,25 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import distributed as dist
 
+from pretrain.meter import Meter
+
 
 class Clock:
-    """Counts on from the seconds that a resumed run had already spent."""
+    """Counts on from the seconds that a resumed run had already spent; the meter rests with it."""
 
-    def __init__(self, seconds: float, device: torch.device) -> None:
+    def __init__(self, seconds: float, device: torch.device, meter: Meter) -> None:
         self._start = time.perf_counter() - seconds
-        self._device = device
+        self._device, self._meter = device, meter
+
+    @cached_property
+    def _hosts(self) -> dist.ProcessGroup | None:
+        """The ranks' hosts: on GPUs a group beside their own, so that no host waits for a GPU."""
+        return dist.new_group(backend="gloo") if self._device.type == "cuda" else None
 
     def seconds(self) -> float:
         """Seconds of training so far, on this rank."""
@@ -21,8 +29,9 @@ class Clock:
 
     def agreed_seconds(self) -> float:
         """Rank 0's seconds, on every rank, so that all take the same decision."""
-        value = torch.tensor([self.seconds()], dtype=torch.float64, device=self._device)
-        dist.broadcast(value, src=0)
+        value = torch.tensor([self.seconds()], dtype=torch.float64)
+        with self._meter.phase("communication"):
+            dist.broadcast(value, src=0, group=self._hosts)
         return float(value)
 
     @contextmanager
@@ -30,8 +39,9 @@ class Clock:
         """A block whose time does not count."""
         self._settle()
         began = time.perf_counter()
-        yield
-        self._settle()
+        with self._meter.paused():
+            yield
+            self._settle()
         self._start += time.perf_counter() - began
 
     def _settle(self) -> None:

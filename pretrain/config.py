@@ -8,13 +8,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
 from potstill.errors import InputError
+from pretrain.acceleration import AccelerationConfig
 from pretrain.objectives import (
     OBJECTIVES,
     SUMS,
@@ -24,23 +25,9 @@ from pretrain.objectives import (
     parse_relations,
 )
 from pretrain.objectives.prediction import count_chunks
+from pretrain.options import check, option
 
 PRESETS = Path(__file__).parent / "presets"
-
-
-def option(text: str, default: Any = None) -> Any:
-    """A field of a config: a flag of the program, with its help."""
-    return field(default=default, metadata={"help": text})
-
-
-def check(right: bool, message: str) -> None:
-    """Refuse what is not right.
-
-    Raises:
-        InputError: the message.
-    """
-    if not right:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -277,7 +264,6 @@ class RunConfig:
         "has one; or the path of a checkpoint.",
         "auto",
     )
-    attention: Literal["auto", "sdpa", "plain"] = option("Attention backend.", "auto")
     dry_run: bool = option("Print the plan, train two steps, write nothing.", False)
     local_rank: int = option("Set by the launcher.", -1)
 
@@ -317,6 +303,7 @@ class Config:
     objective: ObjectiveConfig
     schedule: ScheduleConfig
     run: RunConfig
+    acceleration: AccelerationConfig
 
     def __post_init__(self) -> None:
         check(
@@ -335,6 +322,7 @@ class Config:
         free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
         free |= {"validate_every", "loader_workers", "check_shards", "preset", "output"}
         free |= {"ds_config", "validation_rows", "students", "loss_form"}
+        free |= {"compile", "gradient_checkpointing", "teacher_stream"}
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
 

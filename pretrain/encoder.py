@@ -9,7 +9,9 @@ from collections.abc import Set
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.attention import Attention
 from pretrain.batches import Batch
@@ -19,7 +21,11 @@ PROJECTIONS: tuple[Kind, ...] = ("query", "key", "value")
 
 
 def encode(
-    model: nn.Module, batch: Batch, wanted: Set[Feature], attention: Attention
+    model: nn.Module,
+    batch: Batch,
+    wanted: Set[Feature],
+    attention: Attention,
+    checkpointing: bool = False,
 ) -> dict[Feature, Any]:
     """Run `model` on `batch` just far enough to give the `wanted` features.
 
@@ -28,6 +34,8 @@ def encode(
         batch: token ids (B, L) and what is real in them.
         wanted: the features to return; see `pretrain.features` for their shapes.
         attention: the attention function, `pretrain.attention`.
+        checkpointing: keep only each layer's input and the wanted features for backward, which
+            computes the rest of the layer again (Chen et al. 2016).
 
     Returns:
         Exactly the wanted features, in the precision of the model.
@@ -39,10 +47,12 @@ def encode(
     hidden = _embed(base, batch.input_ids)
     _keep(features, wanted, Feature("hidden", 0), hidden)
     for number, layer in enumerate(base.encoder.layer[: depth.whole_layers], start=1):
-        projected = _project(layer.attention.self, hidden, PROJECTIONS)
-        for kind in PROJECTIONS:
-            _keep(features, wanted, Feature(kind, number), projected[kind])
-        hidden = _finish_layer(layer, hidden, projected, key_mask, attention)
+        kinds = frozenset(kind for kind in PROJECTIONS if Feature(kind, number) in wanted)
+        act = partial(_layer, layer, key_mask=key_mask, attention=attention, kinds=kinds)
+        if checkpointing and torch.is_grad_enabled():
+            act = partial(checkpoint, act, use_reentrant=False)
+        hidden, projected = act(hidden)
+        features |= {Feature(kind, number): value for kind, value in projected.items()}
         _keep(features, wanted, Feature("hidden", number), hidden)
     features.update(_beyond(base, depth, hidden, wanted))
     if depth.head:
@@ -70,20 +80,22 @@ def _project(attention: Any, hidden: Tensor, kinds: tuple[Kind, ...]) -> dict[Ki
     return {kind: getattr(attention, kind)(hidden).view(heads).transpose(1, 2) for kind in kinds}
 
 
-def _finish_layer(
+def _layer(
     layer: Any,
     hidden: Tensor,
-    projected: dict[Kind, Tensor],
     key_mask: Tensor | None,
     attention: Attention,
-) -> Tensor:
-    """The rest of a layer behind its projections: attention, output, feed-forward."""
+    kinds: Set[Kind],
+) -> tuple[Tensor, dict[Kind, Tensor]]:
+    """A whole layer's output (B, L, D), and those of its projections that are of `kinds`."""
     own = layer.attention.self
+    projected = _project(own, hidden, PROJECTIONS)
     dropout = own.dropout.p if own.training else 0.0
     context = attention(projected["query"], projected["key"], projected["value"], key_mask, dropout)
     context = context.transpose(1, 2).reshape(*hidden.shape[:2], -1)
     attended = layer.attention.output(context, hidden)
-    return layer.output(layer.intermediate(attended), attended)
+    kept = {kind: value for kind, value in projected.items() if kind in kinds}
+    return layer.output(layer.intermediate(attended), attended), kept
 
 
 def _beyond(base: Any, depth: Depth, hidden: Tensor, wanted: Set[Feature]) -> dict[Feature, Tensor]:
@@ -98,16 +110,22 @@ def _beyond(base: Any, depth: Depth, hidden: Tensor, wanted: Set[Feature]) -> di
 
 def _logits(model: Any, hidden: Tensor, batch: Batch, wanted: Set[Feature]) -> dict[Feature, Any]:
     """Logits (P, V) at the wanted positions only; the head is a large part of a small model."""
-    tokens = hidden.flatten(0, 1)
-    positions = {"masked": batch.masked, "all": batch.valid.flatten().nonzero().squeeze(1)}
     features: dict[Feature, Any] = {}
     for feature in wanted:
         if feature.kind == "logits":
-            features[feature] = mlm_head(model, tokens.index_select(0, positions[str(feature.at)]))
+            features[feature] = mlm_head(model, _positions(hidden, batch, feature))
         elif feature.kind == "predictions":
-            rows = tokens.index_select(0, positions[str(feature.at)])
+            rows = _positions(hidden, batch, feature)
             features[feature] = Predictions(rows, partial(mlm_head, model), model.config.vocab_size)
     return features
+
+
+def _positions(hidden: Tensor, batch: Batch, feature: Feature) -> Tensor:
+    """The hidden states (P, D) that a feature's logits are made of."""
+    tokens = hidden.flatten(0, 1)
+    if feature.at == "all" and batch.full:
+        return tokens
+    return tokens.index_select(0, batch.positions if feature.at == "all" else batch.masked)
 
 
 def mlm_head(model: Any, hidden: Tensor) -> Tensor:

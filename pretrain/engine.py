@@ -18,19 +18,21 @@ from transformers.utils.logging import disable_progress_bar
 from potstill.console import is_main_rank, say
 from potstill.errors import InputError
 from potstill.files import write_json
+from pretrain.acceleration import to_fp8, use_apex_layer_norm
 from pretrain.attention import Attention, choose_attention
 from pretrain.checkpoint import Progress, load_checkpoint, remove_checkpoints
 from pretrain.config import Config, ScheduleConfig
+from pretrain.ds_config import offloads_optimizer, zero_stage
 from pretrain.encoder import encode
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
 from pretrain.features import Feature
-from pretrain.flops import peak_flops
 from pretrain.learner import Learner
 from pretrain.loop import Loop, Run
 from pretrain.metrics import Metrics
 from pretrain.models import HEADS, UNTRAINED
 from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.peak import Peak, find_peak
 from pretrain.plan import Plan, StudentPlan, teacher_flops
 from pretrain.run_data import RunData
 from pretrain.schedules import LinearSchedule
@@ -90,10 +92,11 @@ def _own_folder_for_builds() -> None:
 def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
     """Build each student's engine and everything around it; load checkpoints if there are any."""
     data = RunData(plan)
-    attention = choose_attention(plan.config.run.attention, device)
+    attention = choose_attention(plan.config.acceleration.attention, device)
     probe = _teacher_probe(plan, data, attention)
-    _record_run(plan)
-    learners = [_build_learner(plan, own, data, attention, probe) for own in plan.students]
+    peak = find_peak(device, plan.dtype, _planned_flops(plan))
+    _record_run(plan, peak)
+    learners = [_build_learner(plan, own, data, attention, probe, device) for own in plan.students]
     starts = [learner.progress for learner in learners]
     resumed = any(own.checkpoint for own in plan.students)
     run = Run(
@@ -109,7 +112,7 @@ def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
         save=not plan.config.run.dry_run and plan.config.schedule.max_steps != 0,
         resumed=resumed,
         tokens_per_step=plan.tokens_per_step,
-        peak_flops=_peak_of_all(device),
+        peak_flops=peak.flops_per_second if peak else None,
         device=device,
     )
     validated = min(start.validated for start in starts)
@@ -117,19 +120,29 @@ def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
 
 
 def _build_learner(
-    plan: Plan, own: StudentPlan, data: RunData, attention: Attention, probe: dict[Feature, Tensor]
+    plan: Plan,
+    own: StudentPlan,
+    data: RunData,
+    attention: Attention,
+    probe: dict[Feature, Tensor],
+    device: torch.device,
 ) -> Learner:
     """One student with its engine, from its checkpoint if there is one."""
     config = own.config
     shape = plan.teacher.shape if plan.teacher else own.student.shape
     torch.manual_seed(config.student_seed)  # of projections
-    module = Distillation(own.student, shape, own.objective, attention)
+    speed = config.acceleration
+    if speed.fused == "apex":
+        use_apex_layer_norm(own.student.model)
+    module = Distillation(
+        own.student, shape, own.objective, attention, speed.gradient_checkpointing
+    )
     kept = freeze_encoder(module) if config.student.freeze else set()
     frozen = freeze_unreached(module, probe, data.probe(2))
     unreached = {name: value for name, value in frozen.items() if name not in kept}
     untrained = [*untrained_parts(unreached, module.student), *_untrained_before(own)]
     with own.member.blamed():
-        engine = _start_engine(plan, own, module)
+        engine = _start_engine(plan, own, module, device)
         start = load_checkpoint(engine, own.checkpoint) if own.checkpoint else Progress()
     metrics = _open_metrics(own, engine, start)
 
@@ -210,14 +223,27 @@ def _live_teacher(plan: Plan, attention: Attention, device: torch.device) -> Tea
     wanted = plan.teacher_features
     if plan.teacher is None or not wanted:
         return None
-    return Teacher(plan.teacher, wanted, attention, device, plan.dtype)
+    speed = plan.config.acceleration
+    if speed.fused == "apex":
+        use_apex_layer_norm(plan.teacher.model)
+    teacher = Teacher(plan.teacher, wanted, attention, device, plan.dtype)
+    if speed.teacher_precision == "fp8":
+        to_fp8(teacher.model)
+    if speed.compiles(device, zero_stage(plan.students[0].ds_config)):
+        teacher.compile()
+    return teacher
 
 
-def _start_engine(plan: Plan, own: StudentPlan, module: Distillation) -> Any:
+def _start_engine(plan: Plan, own: StudentPlan, module: Distillation, device: torch.device) -> Any:
     module.train()
-    settings = own.config.schedule
+    settings, speed = own.config.schedule, own.config.acceleration
+    if speed.compiles(device, zero_stage(own.ds_config)):
+        module.compile()
     groups = parameter_groups(module, settings.weight_decay)
-    optimizer = None if "optimizer" in own.ds_config else build_optimizer(groups, settings)
+    optimizer = None
+    if "optimizer" not in own.ds_config:
+        on_cpu = device.type == "cpu" or offloads_optimizer(own.ds_config)
+        optimizer = build_optimizer(groups, settings, speed.fused, on_cpu)
     try:
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, optimizer=optimizer, config=own.ds_config
@@ -229,7 +255,13 @@ def _start_engine(plan: Plan, own: StudentPlan, module: Distillation) -> Any:
     return engine
 
 
-def _record_run(plan: Plan) -> None:
+def _planned_flops(plan: Plan) -> float | None:
+    """Of the whole run; None where only time ends it."""
+    steps = _length(plan.config).max_steps
+    return None if steps is None else steps * plan.tokens_per_step * plan.flops_per_token
+
+
+def _record_run(plan: Plan, peak: Peak | None) -> None:
     """Write what the run was told and where it runs, before DeepSpeed writes anything there.
 
     Checkpoints behind the step that all students go on from are removed: they are made again.
@@ -239,6 +271,7 @@ def _record_run(plan: Plan) -> None:
         if plan.config.run.students is not None:
             write_json(folder / "config.json", _record(plan.config, plan.identity))
         environment = describe_environment(dist.get_world_size())
+        environment["peak"] = peak._asdict() if peak else None
         for own in plan.students:
             place = own.member.folder
             write_json(place / "config.json", _record(own.config, own.identity))
@@ -283,11 +316,6 @@ def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]
         "seed": config.run.seed,
         "code commit": git_commit() or "unknown",
     }
-
-
-def _peak_of_all(device: torch.device) -> float | None:
-    peak = peak_flops(device)
-    return peak * dist.get_world_size() if peak else None
 
 
 def _estimate(plan: Plan, end: Progress) -> str:

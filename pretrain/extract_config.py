@@ -12,8 +12,8 @@ from transformers import HfArgumentParser
 
 from data_prep.shard_format import read_manifest
 from potstill.errors import InputError
-from pretrain.config import check, option
 from pretrain.models import check_local
+from pretrain.options import check, option
 from pretrain.run_folder import data_identity
 from pretrain.student.depth import NAMED_INITS
 from pretrain.student.width import CONSISTENT, LOWEST

@@ -6,6 +6,7 @@ A lone run has one, a run with `--students` several; `loop.py` leads them throug
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from potstill.console import say
 from pretrain.batches import Batch
 from pretrain.checkpoint import Progress, remove_checkpoints, save_checkpoint, whole_checkpoints
 from pretrain.features import Feature
+from pretrain.meter import Meter, Reading
 from pretrain.metrics import Metrics
 from pretrain.objectives.composite import WeightedSum
 from pretrain.schedules import LinearSchedule
 from pretrain.step import StepResult, StudentStep
 from pretrain.students import STOPPED, Stop
+from pretrain.totals import Totals, totals
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Learner:
     progress: Progress
     _weights: list[float] = field(init=False)
     _logged: Progress = field(init=False)
+    _read: Reading | None = field(init=False, default=None)
     _skipped: int = field(init=False)
     _rate: float = field(init=False, default=0.0)
     _result: StepResult | None = field(init=False, default=None)
@@ -64,13 +68,16 @@ class Learner:
         """The teacher's features that it learns from."""
         return self.objective.teacher_features()
 
-    def begin_step(self, batches: Sequence[Batch], now: Progress, log: bool) -> StudentStep:
+    def begin_step(
+        self, batches: Sequence[Batch], now: Progress, log: bool, meter: Meter
+    ) -> StudentStep:
         """Its part of the next step, at the learning rate and the objective's weights of `now`."""
+        phase = partial(meter.phase, student=self.name)
         self._weights = self.objective.weights_at(self.schedule.done(now.step, now.seconds))
         self._rate = self.schedule.learning_rate(now.step, now.seconds)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
-        return StudentStep(self.engine, batches, self._weights, self.seeds, now.step, log)
+        return StudentStep(self.engine, batches, self._weights, self.seeds, now.step, log, phase)
 
     def end_step(self, result: StepResult, now: Progress, flops: float) -> None:
         """Take over what a step measured, and what it cost."""
@@ -100,11 +107,12 @@ class Learner:
         """How lines for people name it; a lone run's student needs no name."""
         return f"{self.name}: " if self.name else ""
 
-    def log(self, now: Progress, peak_flops: float | None) -> None:
+    def log(self, now: Progress, peak_flops: float | None, reading: Reading) -> None:
         """One line of metrics about the last step.
 
         Args:
             now: with the seconds of training until now. peak_flops: of all devices, if known.
+            reading: of the meter, since the start.
         """
         (loss, terms), before, result = self.loss(), self._logged, self._result
         assert result is not None
@@ -117,17 +125,36 @@ class Learner:
             loss=loss,
             terms=terms,
             lr=self._rate,
-            grad_norm=result.grad_norm,
+            grad_norm=self._grad_norm(result),
             tokens=now.tokens,
             seconds=now.seconds,
             tokens_per_second=(now.tokens - before.tokens) / seconds,
             flops=now.flops,
             mfu=speed / peak_flops if peak_flops else None,
+            shares=reading.since(self._read).shares(self.name),
+            memory_peak=reading.memory_peak,
         )
+        self._read = reading
         skipped = self.engine.skipped_steps
         if skipped > self._skipped:
             self.metrics.write("event", now.step, event="skipped step", skipped_steps=skipped)
         self._logged, self._skipped = now, skipped
+
+    def _grad_norm(self, result: StepResult) -> float | None:
+        """The norm of the last step's gradients, None where DeepSpeed is told not to compute it."""
+        norm = result.grad_norm
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def summarise(self, peak_flops: float | None) -> Totals:
+        """Write and say what its run took, once its last step is logged."""
+        assert self._read is not None, "no step has been logged"
+        result = totals(self.progress, peak_flops, self._read, self.name)
+        self.metrics.write("event", self.progress.step, event="summary", **result.record())
+        for line in result.lines():
+            say(f"{line[:11]}{self.title}{line[11:]}")
+        return result
 
     def write_validation(self, now: Progress, result: StepResult, rows: int) -> None:
         """Write and say its loss on the held-out rows, with the objective's weights of `now`."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from potstill.console import progress
+from potstill.console import progress, say
 from pretrain.batches import Batch
 from pretrain.checkpoint import Progress
 from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.features import Feature
 from pretrain.learner import Learner
+from pretrain.meter import Meter
 from pretrain.step import train_step, validation_terms, with_features
 from pretrain.students import Stop
 from pretrain.teacher import Teacher
@@ -61,6 +62,7 @@ class Loop:
 
     run: Run
     now: Progress
+    meter: Meter = field(init=False)
     clock: Clock = field(init=False)
     saved: tuple[int, int] | None = field(init=False)
     teacher: Teacher | None = field(init=False)
@@ -68,20 +70,22 @@ class Loop:
     """FLOPs of the teacher's forward per token and student."""
 
     def __post_init__(self) -> None:
-        self.clock = Clock(self.now.seconds, self.run.device)
+        self.meter = Meter(self.run.device, [learner.name for learner in self.run.learners])
+        self.clock = Clock(self.now.seconds, self.run.device, self.meter)
         self.saved = (self.now.step, self.now.validated) if self.run.resumed else None
         self._share_teacher()
 
     def train(self) -> Progress:
         """Train to the end of the run, or until no student is left; returns where it ended."""
-        run = self.run
+        run, begun = self.run, self.now.step
         if self.now.step == 0 and self.now.validated < 0:
             with self.clock.paused():
                 self.validate()
         markers = [share for share in run.settings.markers() if share > self._share()]
         batches = run.batches(self.now.step)
         steps = None if math.isinf(run.last_step) else int(run.last_step)
-        with progress(total=steps, initial=self.now.step, unit="step") as bar:
+        bar = progress(total=steps, initial=self.now.step, unit="step")
+        with bar, self.meter.running():
             while not self._finished():
                 self.step(batches)
                 bar.update()
@@ -96,6 +100,8 @@ class Loop:
                 if _due(self.now.step, run.settings.save_every):
                     with self.clock.paused():
                         self.save()
+        if self.now.step > begun:
+            self._summarise()
         return self.now
 
     def _finished(self) -> bool:
@@ -112,12 +118,16 @@ class Loop:
     def step(self, batches: Iterator[Batch]) -> None:
         """One update of every student that still learns, from the next micro-batches."""
         run = self.run
-        micro_batches = [next(batches) for _ in range(run.accumulation)]
+        with self.meter.phase("data"):
+            micro_batches = [next(batches) for _ in range(run.accumulation)]
         finished = self.now.step + 1
         timed = run.schedule.max_hours is not None  # any step may turn out to be the last
         log = timed or _due(finished, run.settings.log_every) or finished in (1, run.last_step)
-        steps = [learner.begin_step(micro_batches, self.now, log) for learner in run.learners]
-        results = train_step(steps, with_features(self.teacher, micro_batches, run.device))
+        steps = [
+            learner.begin_step(micro_batches, self.now, log, self.meter) for learner in run.learners
+        ]
+        features = with_features(self.teacher, micro_batches, run.device, self.meter.phase)
+        results = train_step(steps, features)
         self.now = replace(
             self.now,
             step=finished,
@@ -133,8 +143,17 @@ class Loop:
         self._stop_diverged()
         if self.run.schedule.max_hours is None:  # read after the device is done
             self.now = replace(self.now, seconds=self.clock.seconds())
+        reading = self.meter.reading()
         for learner in self.run.learners:
-            learner.log(self.now, self.run.peak_flops)
+            learner.log(self.now, self.run.peak_flops, reading)
+
+    def _summarise(self) -> None:
+        """What the run took, for each student that learned to the end; the papers' beside."""
+        results = [learner.summarise(self.run.peak_flops) for learner in self.run.learners]
+        if results:
+            together = replace(results[0], flops=sum(result.flops for result in results))
+            for line in together.paper_lines():
+                say(line)
 
     def _export_marker(self, share: float) -> None:
         if not self.run.save:

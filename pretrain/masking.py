@@ -17,14 +17,16 @@ from data_prep.shard_format import TOKENIZER_FOLDER, read_manifest
 from data_prep.tokenization import load_tokenizer
 
 KEEP_ORIGINAL, RANDOM_TOKEN = 0.1, 0.1  # of the chosen tokens (BERT, section 3.1); 0.8 get [MASK]
+CHOICE, FATE, REPLACEMENT = 0, 1, 2  # what a draw is for
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_NEVER = np.uint32(2**31)  # above every draw of a token that can be chosen
 
 
 class Masked(NamedTuple):
-    """Masked rows: what the models see, and where and what was hidden."""
+    """Masked rows: what the models see, and what was hidden."""
 
     input_ids: NDArray[np.int64]  # (B, L)
-    chosen: NDArray[np.bool_]  # (B, L)
+    positions: NDArray[np.int64]  # (P,), ascending, in the flattened (B*L) rows
 
 
 def hash64(*parts: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
@@ -39,9 +41,22 @@ def hash64(*parts: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
     return state
 
 
-def uniform(*parts: NDArray[np.uint64] | int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) from the same hash."""
-    return (hash64(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def draws32(
+    keys: NDArray[np.uint64], columns: NDArray[np.uint32], purpose: int
+) -> NDArray[np.uint32]:
+    """Uniform 32-bit values of (key, column, purpose), broadcast together.
+
+    Two multiplications and three shifts, after the "lowbias32" family of hashes: half the bytes and
+    a third of the operations of `hash64`. Columns must lie below 2^24.
+    """
+    low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
+    state = (columns + np.uint32(purpose << 24)) * np.uint32(0x9E3779B9) + low
+    state ^= state >> np.uint32(16)
+    state *= np.uint32(0x21F0AAAD)
+    state ^= (state >> np.uint32(15)) ^ high
+    state *= np.uint32(0xD35A2D97)
+    state ^= state >> np.uint32(15)
+    return state
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Masking:
     """BERT's masking: `round(probability * n)` of a row's n ordinary tokens, 80/10/10.
 
     At least one token is chosen. Whole words may leave a part of that number unused rather than
-    cut a word; one long word alone may exceed it.
+    cut a word; one long word alone may exceed it, up to `most` tokens.
 
     Attributes:
         probability: share of the ordinary (not special) tokens to choose; 0 masks nothing.
@@ -67,9 +82,11 @@ class Masking:
     continues: NDArray[np.bool_] | None = None
     seed: int = 0
     ordinary: NDArray[np.int64] = field(init=False, repr=False)
+    never: NDArray[np.uint32] = field(init=False, repr=False)  # (V,), 2^31 for special tokens
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordinary", np.flatnonzero(~self.special))
+        object.__setattr__(self, "never", self.special * _NEVER)
 
     def __call__(
         self, ids: NDArray[np.int64], epochs: NDArray[np.int64], rows: NDArray[np.int64]
@@ -80,52 +97,68 @@ class Masking:
             ids: (B, L) token ids. epochs, rows: (B,) which pass over which row of the data.
         """
         if not self.probability:
-            return Masked(ids, np.zeros(ids.shape, bool))
-        key = hash64(self.seed, epochs.astype(np.uint64), rows.astype(np.uint64))[:, None]
-        columns = np.arange(ids.shape[1], dtype=np.uint64)[None, :]
-        chosen = self._choose(ids, key, columns)
-        draw = uniform(key, columns, 1)
-        random_tokens = self.ordinary[
-            (uniform(key, columns, 2) * len(self.ordinary)).astype(np.int64)
-        ]
-        masked = np.where(chosen & (draw < 1 - KEEP_ORIGINAL - RANDOM_TOKEN), self.mask_id, ids)
-        replaced = chosen & (draw >= 1 - RANDOM_TOKEN)
-        return Masked(np.where(replaced, random_tokens, masked), chosen)
+            return Masked(ids, np.zeros(0, np.int64))
+        keys = hash64(self.seed, epochs.astype(np.uint64), rows.astype(np.uint64))
+        positions = np.flatnonzero(self._choose(ids, keys))
+        row, columns = np.divmod(positions, ids.shape[1])
+        own, columns32 = keys[row], columns.astype(np.uint32)
+        fate = draws32(own, columns32, FATE)
+        masked = fate < np.uint32((1 - KEEP_ORIGINAL - RANDOM_TOKEN) * 2**32)
+        replaced = np.flatnonzero(fate >= np.uint32((1 - RANDOM_TOKEN) * 2**32))
+        drawn = draws32(own[replaced], columns32[replaced], REPLACEMENT).astype(np.uint64)
+        seen = ids.copy()
+        seen.reshape(-1)[positions[masked]] = self.mask_id
+        scaled = (drawn * np.uint64(len(self.ordinary))) >> np.uint64(32)
+        seen.reshape(-1)[positions[replaced]] = self.ordinary[scaled.astype(np.int64)]
+        return Masked(seen, positions)
 
-    def _choose(
-        self, ids: NDArray[np.int64], key: NDArray[np.uint64], columns: NDArray[np.uint64]
-    ) -> NDArray[np.bool_]:
-        """Bool (B, L): the tokens with the lowest draws, up to each row's budget."""
-        eligible = ~self.special[ids]
-        units = columns
+    def most(self, length: int) -> int:
+        """The most tokens that are chosen in a row of `length`."""
+        return max(1, round(self.probability * length)) if self.probability else 0
+
+    def _choose(self, ids: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Bool (B, L): the tokens with the lowest draws, up to each row's budget.
+
+        A draw ends in the number of its token or word, so that no two are equal and one comparison
+        with the last draw within the budget finds all that are chosen.
+        """
+        never = self.never[ids]
+        units = np.arange(ids.shape[1], dtype=np.uint32)[None, :]
         if self.continues is not None:  # all pieces of a word share one draw
-            units = np.cumsum(~self.continues[ids] | ~eligible, axis=1).astype(np.uint64)
-        draws = np.where(eligible, uniform(key, units, 0), 2.0)
-        order = np.argsort(draws, axis=1, kind="stable")
-        budget = np.round(self.probability * eligible.sum(axis=1)).astype(np.int64)
-        budget = np.minimum(np.maximum(budget, 1), eligible.sum(axis=1))[:, None]
-        first = np.arange(ids.shape[1])[None, :] < budget
+            begins = ~self.continues[ids] | (never > 0)
+            units = np.cumsum(begins, axis=1, dtype=np.uint32)
+        number = np.uint32(2 ** ids.shape[1].bit_length() - 1)  # words are numbered from 1
+        draws = draws32(keys[:, None], units, CHOICE)
+        draws = ((draws & (_NEVER - np.uint32(1))) & ~number) | units | never
+        ordinary = ids.shape[1] - np.count_nonzero(never, axis=1)
+        budget = np.round(self.probability * ordinary).astype(np.int64)
+        budget = np.minimum(np.maximum(budget, 1), ordinary)
+        ranked = np.sort(draws, axis=1)
+        last = np.take_along_axis(ranked, np.maximum(budget - 1, 0)[:, None], axis=1)
+        chosen = (draws <= last) & (never == 0)
         if self.continues is not None:
-            first = _whole_units(np.take_along_axis(draws, order, axis=1), first)
-        chosen = np.zeros(ids.shape, bool)
-        np.put_along_axis(chosen, order, first, axis=1)
-        return chosen & eligible
+            self._keep_whole(chosen, draws, ranked[:, 0], last[:, 0], budget)
+        return chosen
 
+    def _keep_whole(
+        self,
+        chosen: NDArray[np.bool_],
+        draws: NDArray[np.uint32],
+        first: NDArray[np.uint32],
+        last: NDArray[np.uint32],
+        budget: NDArray[np.int64],
+    ) -> None:
+        """Drop the word that the budget cuts in two, unless it is the only one of its row.
 
-def _whole_units(draws: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Drop the word that the budget would cut in two, unless it is the only one.
-
-    Args:
-        draws: (B, L) sorted, equal within a word. first: (B, L), True for a leading run.
-    """
-    taken = first.sum(axis=1)
-    rows = np.arange(len(draws))
-    last = draws[rows, np.maximum(taken - 1, 0)]
-    following = draws[rows, np.minimum(taken, draws.shape[1] - 1)]
-    cut = (last == following) & (taken < draws.shape[1])
-    kept = first & ~(cut[:, None] & (draws == last[:, None]))
-    only_word = cut & ~kept.any(axis=1)
-    return np.where(only_word[:, None], draws == last[:, None], kept)
+        Args:
+            chosen: bool (B, L), with all pieces of the last word; changed in place.
+            draws: (B, L). first, last: (B,), the lowest draw, and that at the end of the budget.
+        """
+        cut = np.count_nonzero(chosen, axis=1) > budget
+        several = cut & (first != last)
+        chosen[several] &= draws[several] != last[several, None]
+        alone = np.flatnonzero(cut & ~several)
+        chosen[alone] &= np.cumsum(chosen[alone], axis=1) <= self.most(chosen.shape[1])
 
 
 def word_continuations(tokenizer: Any) -> NDArray[np.bool_]:

@@ -28,9 +28,10 @@ from pretrain.ds_config import (
     precision,
     read_ds_config,
     resolve_ds_config,
+    zero_stage,
 )
 from pretrain.features import Feature
-from pretrain.flops import forward_flops
+from pretrain.flops import Work, forward_flops, student_flops
 from pretrain.models import Encoder, check_local, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
@@ -101,8 +102,11 @@ class Plan:
         return own + teacher_flops(self, self.teacher_features)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, device: torch.device) -> Plan:
     """Read, check and build everything; on each rank alike.
+
+    Args:
+        device: of this rank, that can do what `config.acceleration` asks for or not.
 
     Raises:
         InputError: anything that would make the run fail or be another one than asked for.
@@ -113,17 +117,20 @@ def make_plan(config: Config) -> Plan:
     sizes = batch_sizes(ds_config, dist.get_world_size(), path)
     ds_configs = [_resolve(member, ds_config, sizes) for member in members]
     check_with_deepspeed(ds_configs[0], path)
+    config.acceleration.check(device, zero_stage(ds_config))
     manifest = _check_data(config)
     teacher = _load_teacher(members, manifest)
     identities = [identity_of(member.config, sizes, ds_config) for member in members]
     whole = {STUDENTS: [m.name for m in members]} if config.run.students else identities[0]
     checkpoints, stopped = check_folders(config, whole, members, identities)
-    students = []
+    students, work = [], _work(config, manifest, sizes)
     for member, own_ds_config, own_identity in zip(members, ds_configs, identities, strict=True):
         with member.blamed():
             student, objective = _build_student(member.config, teacher, manifest, sizes)
         if member.name in checkpoints:
-            cost = _student_flops(member.config, student, objective, manifest)
+            shape, frozen = student.shape, member.config.student.freeze is not None
+            compared = teacher.shape if teacher else shape
+            cost = student_flops(objective, shape, compared, work, frozen)
             students.append(
                 StudentPlan(
                     member,
@@ -194,27 +201,14 @@ def _check_freeze(config: Config, objective: WeightedSum) -> None:
 
 def teacher_flops(plan: Plan, wanted: Set[Feature]) -> float:
     """FLOPs per token of one forward of the teacher."""
-    if plan.teacher is None or not wanted:
+    if plan.teacher is None:
         return 0.0
-    shape, share = plan.teacher.shape, plan.config.data.mlm_probability
-    return forward_flops(shape, wanted, plan.manifest.seq_length, share)
+    work = _work(plan.config, plan.manifest, plan.sizes)
+    return forward_flops(plan.teacher.shape, wanted, work.length, work.masked_share)
 
 
-def _student_flops(
-    config: Config, student: Encoder, objective: WeightedSum, manifest: Manifest
-) -> float:
-    """FLOPs per token of a student's own forward and backward.
-
-    Backward of a frozen encoder is that of the tied decoder's input; of the rest, twice the
-    forward.
-    """
-    wanted = objective.student_features()
-    shape, share = student.shape, config.data.mlm_probability
-    forward = forward_flops(shape, wanted, manifest.seq_length, share)
-    if config.student.freeze:
-        last = {Feature("hidden", shape.layers)}
-        return 2 * forward - forward_flops(shape, last, manifest.seq_length, share)
-    return 3 * forward
+def _work(config: Config, manifest: Manifest, sizes: BatchSizes) -> Work:
+    return Work(sizes.micro_batch, manifest.seq_length, config.data.mlm_probability)
 
 
 def _check_data(config: Config) -> Manifest:

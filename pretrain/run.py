@@ -21,7 +21,7 @@ def main() -> None:
     """The program; see the module's docstring."""
     config = parse_config()
     device = start_ranks()
-    plan = make_plan(config)
+    plan = make_plan(config, device)
     show_plan(plan, device)
     if is_finished(plan):
         for own in plan.students:

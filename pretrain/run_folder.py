@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.shard_format import MANIFEST
 from potstill.errors import InputError
+from pretrain.batches import BATCHES_VERSION
 from pretrain.config import Config
 from pretrain.ds_config import BatchSizes, precision
 from pretrain.students import Member, Stop, find_checkpoints, where_stopped
@@ -21,6 +22,7 @@ def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) ->
     return {
         **config.identity(),
         "data": data_identity(Path(str(config.data.data))),
+        "batches_version": BATCHES_VERSION,
         "global_batch": sizes.global_batch,
         "precision": str(precision(ds_config)),
         "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),

@@ -11,9 +11,11 @@ from torch import distributed as dist
 
 from pretrain.attention import Attention
 from pretrain.batches import Batch
+from pretrain.dropout import replace_dropout
 from pretrain.encoder import encode
 from pretrain.features import Feature, Features
 from pretrain.masking import hash64
+from pretrain.meter import Phase, untimed
 from pretrain.models import Encoder, Shape
 from pretrain.objectives.composite import WeightedSum
 from pretrain.teacher import Teacher
@@ -23,17 +25,24 @@ class Distillation(nn.Module):
     """Student and projections as one module: what the engine trains and saves."""
 
     def __init__(
-        self, student: Encoder, teacher: Shape, objective: WeightedSum, attention: Attention
+        self,
+        student: Encoder,
+        teacher: Shape,
+        objective: WeightedSum,
+        attention: Attention,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.student = student.model
+        replace_dropout(self.student)
         self.projections = objective.projections(student.shape, teacher)
         self.objective, self.attention = objective, attention
+        self.checkpointing = checkpointing
 
     def forward(self, batch: Batch, teacher: Features) -> Tensor:
         """Each term's sum over the units of a micro-batch: float32 (terms,)."""
         wanted = self.objective.student_features()
-        student = encode(self.student, batch, wanted, self.attention)
+        student = encode(self.student, batch, wanted, self.attention, self.checkpointing)
         return self.objective.totals(student, teacher, batch, dict(self.projections.items()))
 
     @torch.no_grad()
@@ -95,11 +104,15 @@ def untrained_parts(frozen: dict[str, Tensor], model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's unweighted sums of this rank and unit counts of all ranks, (terms,) each."""
+    """A step's unweighted sums of this rank and unit counts of all ranks, (terms,) each.
+
+    The norm is still on the device: whoever reads it waits. None where it was not wanted, or the
+    engine knows it.
+    """
 
     sums: Tensor
     counts: Tensor
-    grad_norm: float | None
+    grad_norm: Tensor | None
 
 
 def global_counts(objective: WeightedSum, batches: Sequence[Batch], device: torch.device) -> Tensor:
@@ -135,7 +148,8 @@ class StudentStep:
         weights: of the terms in this step.
         seeds: of the run and of the student.
         step: finished steps.
-        log: whether the gradient norm is wanted; it costs a synchronisation.
+        log: whether the gradient norm is wanted; it costs a pass over the gradients.
+        phase: to time the parts of the step.
     """
 
     def __init__(
@@ -146,10 +160,13 @@ class StudentStep:
         seeds: tuple[int, int],
         step: int,
         log: bool,
+        phase: Phase = untimed,
     ) -> None:
         self._engine, self._seeds, self._step, self._log = engine, seeds, step, log
         self._objective: WeightedSum = engine.module.objective
-        self._counts = global_counts(self._objective, batches, engine.device)
+        self._phase = phase
+        with phase("communication"):
+            self._counts = global_counts(self._objective, batches, engine.device)
         factors = torch.tensor(weights, dtype=torch.float64)
         factors = factors.to(engine.device, non_blocking=True)
         self._scale = factors / self._counts * (dist.get_world_size() * len(batches))
@@ -161,35 +178,41 @@ class StudentStep:
     def take(self, batch: Batch, teacher: Features) -> None:
         """Forward and backward of the next micro-batch; the last one updates the weights."""
         engine = self._engine
-        seed_dropout(*self._seeds, self._step, self._taken, dist.get_rank())
-        totals = engine(batch, teacher)
-        engine.backward((totals * self._scale.to(totals.dtype)).sum())
-        if self._log and self._taken == self._last:
-            self._norm = _plain_grad_norm(engine)
-        engine.step()
-        self._sums += totals.detach()
+        with self._phase("student"):
+            seed_dropout(*self._seeds, self._step, self._taken, dist.get_rank())
+            totals = engine(batch, teacher)
+            engine.backward((totals * self._scale.to(totals.dtype)).sum())
+            self._sums += totals.detach()
+            if note := self._objective.note(teacher):
+                self._notes.append(note)
+        with self._phase("optimiser"):
+            if self._log and self._taken == self._last:
+                self._norm = _plain_grad_norm(engine)
+            engine.step()
         self._taken += 1
-        if note := self._objective.note(teacher):
-            self._notes.append(note)
 
     def result(self) -> StepResult:
         """What the step measured, after its last micro-batch; objectives may learn from it."""
         if self._notes:
             projections = dict(self._engine.module.projections.items())
-            self._objective.remember(self._notes, projections)
-        norm = self._norm
-        if self._log and norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return StepResult(self._sums, self._counts, float(norm) if norm is not None else None)
+            with self._phase("communication"):  # nearly all of it: vectors of the other ranks
+                self._objective.remember(self._notes, projections)
+        return StepResult(self._sums, self._counts, self._norm)
 
 
 def with_features(
-    teacher: Teacher | None, batches: Iterable[Batch], device: torch.device
+    teacher: Teacher | None,
+    batches: Iterable[Batch],
+    device: torch.device,
+    phase: Phase = untimed,
 ) -> Iterator[tuple[Batch, Features]]:
     """Each batch on the device, with the teacher's features of it, when it is asked for."""
     for batch in batches:
-        on_device = batch.to(device)
-        yield on_device, teacher.features(on_device) if teacher else {}
+        with phase("data"):
+            on_device = batch.to(device)
+        with phase("teacher"):
+            features = teacher.features(on_device) if teacher else {}
+        yield on_device, features
 
 
 def train_step(
@@ -206,7 +229,7 @@ def train_step(
 def _plain_grad_norm(engine: Any) -> Tensor | None:
     """Norm of the averaged gradients where a plain optimiser leaves them on the parameters.
 
-    DeepSpeed's own optimisers compute it themselves and give it after the step.
+    DeepSpeed's own optimisers compute it themselves; the engine gives it after the step.
     """
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
         return None

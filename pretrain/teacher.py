@@ -1,6 +1,8 @@
 """The live teacher: a frozen source of features, outside the engine."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +32,18 @@ class Teacher:
     ) -> None:
         self.wanted, self.attention = frozenset(wanted), attention
         self.model = freeze(encoder.model).to(device=device, dtype=dtype)
+        self._encode: Callable[..., dict[Feature, Tensor]] = encode
+        self._context: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
-    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile its forward pass at the next batch."""
+        # What is compiled for a training step must not hold tensors of inference mode.
+        self._encode, self._context = torch.compile(encode), torch.no_grad
+
     def features(self, batch: Batch) -> dict[Feature, Tensor]:
         """The wanted features of a batch on the teacher's device."""
-        return encode(self.model, batch, self.wanted, self.attention)
+        with self._context():
+            return self._encode(self.model, batch, self.wanted, self.attention)
 
 
 def check_teacher(encoder: Encoder, wanted: Set[Feature], objective: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind, Positions
+from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 
 Unit = Literal["sequences", "tokens", "masked", "pairs"]
@@ -129,6 +130,10 @@ class Objective(ABC):
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:
         """The learned maps that this objective needs, by a name of their own."""
         return {}
+
+    def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
+        """FLOPs per token of the products that `total` computes itself, beyond the features."""
+        return Cost()
 
     @abstractmethod
     def total(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features
+from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 from pretrain.objectives.base import Objective
 
@@ -124,6 +125,11 @@ class WeightedSum:
     ) -> Tensor:
         """Each term's unweighted sum over its units: (terms,)."""
         return torch.stack([o.total(student, teacher, batch, projections) for o in self.objectives])
+
+    def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
+        """FLOPs per token of all terms' own products; see `Objective.flops`."""
+        costs = [o.flops(student, teacher, work) for o in self.objectives]
+        return Cost(*(sum(parts) for parts in zip(*costs, strict=True)))
 
     def counts(self, batch: Batch) -> list[int]:
         """Each term's number of units in a batch."""

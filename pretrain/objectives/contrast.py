@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind
+from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 from pretrain.objectives.base import LayerPair, Objective, Unit, full_precision
 
@@ -93,6 +94,18 @@ class HidCLSContrast(Objective):
 
     def _key(self, pair: LayerPair) -> str:
         return f"hid-cls-contrast_{pair.student}_{pair.teacher}"
+
+    def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
+        """Both [CLS] vectors and the whole memory into the space, and every pair in it.
+
+        The teacher's side is a constant there: of its map only the weights get a gradient.
+        """
+        settings = self.settings
+        ours, theirs = (2 * shape.hidden * settings.contrast_width for shape in (student, teacher))
+        pairs = 2 * settings.contrast_width * settings.negatives
+        memory = settings.negatives / work.rows * theirs
+        cost = Cost(ours + theirs + pairs + memory, 2 * ours + theirs + 2 * pairs + memory)
+        return cost.times(len(self.pairs) / work.length)
 
     def total(
         self,

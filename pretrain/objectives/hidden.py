@@ -11,6 +11,7 @@ from torch.nn import functional
 from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind
+from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 from pretrain.objectives.base import LayerPair, Objective, Unit, full_precision
 
@@ -37,15 +38,27 @@ class HiddenObjective(Objective):
             )
 
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:
-        wanted = self.settings.projection == "always" or (
-            self.settings.projection == "auto" and student.hidden != teacher.hidden
-        )
-        if not wanted:
+        if not self._projects(student, teacher):
             return {}
         return {
             self._key(pair): nn.Linear(student.hidden, teacher.hidden, bias=False)
             for pair in self.pairs
         }
+
+    def _projects(self, student: Shape, teacher: Shape) -> bool:
+        differ = self.settings.projection == "auto" and student.hidden != teacher.hidden
+        return self.settings.projection == "always" or differ
+
+    def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
+        """The projections, of the tokens that count."""
+        if not self._projects(student, teacher):
+            return Cost()
+        projected = 2 * student.hidden * teacher.hidden * self._share(work)
+        return Cost(projected, 2 * projected).times(len(self.pairs))
+
+    def _share(self, work: Work) -> float:
+        """The share of tokens that count."""
+        return 1.0
 
     def _distances(
         self, student: Features, teacher: Features, projections: Mapping[str, nn.Module]
@@ -83,6 +96,9 @@ class HidCLS(HiddenObjective):
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return hidden[:, :1]
+
+    def _share(self, work: Work) -> float:
+        return 1 / work.length
 
     def total(
         self,

@@ -12,8 +12,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from potstill.errors import InputError
-from pretrain.batches import Batch
+from pretrain.batches import NO_LABEL, Batch
 from pretrain.features import Feature, Features, Kind, Predictions
+from pretrain.flops import Cost, Work, head_flops
 from pretrain.models import Shape
 from pretrain.objectives.base import Form, Objective, Unit, full_precision
 
@@ -61,7 +62,9 @@ class MLM(Objective):
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
         logits = full_precision(student[Feature("logits", "masked")])
-        return functional.cross_entropy(logits, batch.labels, reduction="sum")
+        return functional.cross_entropy(
+            logits, batch.labels, reduction="sum", ignore_index=NO_LABEL
+        )
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,17 @@ class KD(Objective):
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
         ours, theirs = student[self._feature], teacher[self._feature]
+        used = batch.labels != NO_LABEL if self.settings.positions == "masked" else None
         if isinstance(ours, Predictions) and isinstance(theirs, Predictions):
             settings = self.settings
-            return _in_chunks(ours, theirs, settings.temperature, settings.logit_chunks)
-        return soft_cross_entropy(ours, theirs, self.settings.temperature)
+            return _in_chunks(ours, theirs, settings.temperature, settings.logit_chunks, used)
+        return soft_cross_entropy(ours, theirs, self.settings.temperature, used)
+
+    def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
+        """In chunks, both heads once more in backward; the features count the first time."""
+        heads = head_flops(student) + head_flops(teacher)
+        again = heads * work.share(self.settings.positions) if self.settings.logit_chunks else 0.0
+        return Cost(0.0, again)
 
     @property
     def _feature(self) -> Feature:
@@ -112,29 +122,43 @@ class KD(Objective):
         return Feature(kind, self.settings.positions)
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`CE(softmax(z^T/t), log_softmax(z^S/t)) * t^2` of logits (P, V), summed over positions."""
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float, used: Tensor | None = None
+) -> Tensor:
+    """`CE(softmax(z^T/t), log_softmax(z^S/t)) * t^2` of logits (P, V), summed over positions.
+
+    Args:
+        used: bool (P,), the positions that count; None counts all.
+    """
     target = (full_precision(teacher) / temperature).softmax(-1)
     log_probabilities = (full_precision(student) / temperature).log_softmax(-1)
-    return -(target * log_probabilities).sum() * temperature**2
+    losses = -(target * log_probabilities).sum(-1)
+    if used is not None:
+        losses = losses.masked_fill(~used, 0)
+    return losses.sum() * temperature**2
 
 
 def _in_chunks(
-    student: Predictions, teacher: Predictions, temperature: float, chunks: int
+    student: Predictions,
+    teacher: Predictions,
+    temperature: float,
+    chunks: int,
+    used: Tensor | None,
 ) -> Tensor:
     """The same, exactly, with the logits of a few positions at a time, again in backward."""
 
-    def loss(target_hidden: Tensor, hidden: Tensor) -> Tensor:
+    def loss(target_hidden: Tensor, used: Tensor | None, hidden: Tensor) -> Tensor:
         with torch.no_grad():
             target = teacher.head(target_hidden)
-        return soft_cross_entropy(student.head(hidden), target, temperature)
+        return soft_cross_entropy(student.head(hidden), target, temperature, used)
 
+    flags = [None] * chunks if used is None else used.tensor_split(chunks)
     losses = []
-    for hidden, target_hidden in zip(
-        student.hidden.tensor_split(chunks), teacher.hidden.tensor_split(chunks), strict=True
+    for hidden, target_hidden, counted in zip(
+        student.hidden.tensor_split(chunks), teacher.hidden.tensor_split(chunks), flags, strict=True
     ):
         # Bound, not an argument: a checkpoint saves arguments, and cannot save inference tensors.
-        chunk = partial(loss, target_hidden)
+        chunk = partial(loss, target_hidden, counted)
         if torch.is_grad_enabled():  # no dropout in an MLM head: no random state to restore
             chunk = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
         losses.append(chunk(hidden))

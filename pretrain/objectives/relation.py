@@ -5,16 +5,23 @@ exact too, in value and gradient, and keep nothing of that size.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from pretrain.objectives.base import full_precision
 
-CHUNK = 2**22
-"""Scores of one model that a lean divergence has in memory at a time: 16 MiB in float32."""
+CHUNKS = {"cpu": 2**16}
+"""Scores of one model that a lean divergence has in memory at a time, by device.
+
+On a CPU 256 KiB in float32, so that all its passes over them stay in the cache.
+"""
+CHUNK = 2**24
+"""On other devices: 64 MiB in float32, enough to fill them."""
 
 
 class Sides(NamedTuple):
@@ -33,14 +40,53 @@ def scores(sides: Sides) -> Tensor:
 def squared_error(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
     """Squared differences of scores, summed over pairs of valid tokens, averaged over heads.
 
+    Both models' scores and their difference are one product of the sides laid together.
+
     Args:
         student, teacher: of the same H, d may differ. valid: bool (B, L), None where all are.
     """
-    error = (scores(student) - scores(teacher)).square()
-    if valid is not None:
-        pairs = valid[:, None, :, None] & valid[:, None, None, :]
-        error = error.masked_fill(~pairs, 0)
-    return error.sum() / error.shape[1]
+    left, right = _together(student, teacher, valid, torch.float32)
+    total: Tensor = _SquaredProduct.apply(left, right, student.left.shape[-1])
+    return total / left.shape[1]
+
+
+def _together(
+    student: Sides, teacher: Sides, valid: Tensor | None, least: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`[Q_S / sqrt(d_S), Q_T / sqrt(d_T)]` and `[K_S, -K_T]`, (B, H, L, d_S + d_T), 0 at padding.
+
+    Their product is the difference of the scores. Computed in `least` precision or more.
+    """
+    dtype = torch.promote_types(student.left.dtype, least)
+    sides = (student.left, teacher.left)
+    left = [side.to(dtype) * (1 / math.sqrt(side.shape[-1])) for side in sides]
+    right = [student.right.to(dtype), teacher.right.to(dtype).neg()]
+    whole = torch.cat(left, dim=-1), torch.cat(right, dim=-1)
+    if valid is None:
+        return whole
+    padding = ~valid[:, None, :, None]
+    return whole[0].masked_fill(padding, 0), whole[1].masked_fill(padding, 0)
+
+
+class _SquaredProduct(torch.autograd.Function):
+    """`||left right^T||_F^2`; only the first `size` columns of both sides get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, size: int) -> Tensor:
+        product = torch.matmul(left, right.transpose(-2, -1))
+        ctx.save_for_backward(left[..., :size], right[..., :size], product)
+        ctx.rest = left.shape[-1] - size
+        return torch.linalg.vector_norm(product).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right, product = ctx.saved_tensors
+        factor = 2 * gradient
+        to_left = torch.matmul(product, right * factor)
+        to_right = torch.matmul(product.transpose(-2, -1), left * factor)
+        rest = (0, ctx.rest)
+        return functional.pad(to_left, rest), functional.pad(to_right, rest), None
 
 
 def squared_error_lean(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
@@ -50,52 +96,52 @@ def squared_error_lean(student: Sides, teacher: Sides, valid: Tensor | None) -> 
     subtracts numbers that are almost equal once the student is close to the teacher, which
     float32 does not survive: the small products are taken in float64.
     """
-    left = torch.cat([_scaled(student.left), _scaled(teacher.left)], dim=-1)
-    right = torch.cat([student.right.double(), -teacher.right.double()], dim=-1)
-    if valid is not None:
-        padding = ~valid[:, None, :, None]
-        left, right = left.masked_fill(padding, 0), right.masked_fill(padding, 0)
+    left, right = _together(student, teacher, valid, torch.float64)
     products = left.transpose(-2, -1).matmul(left) * right.transpose(-2, -1).matmul(right)
     total = products.sum() / left.shape[1]
     return total.to(full_precision(student.left).dtype)
 
 
-def _scaled(left: Tensor) -> Tensor:
-    return left.double() * (1 / math.sqrt(left.shape[-1]))
-
-
-def divergence(student: Sides, teacher: Sides, valid: Tensor) -> Tensor:
+def divergence(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
     """`KL(softmax(teacher's scores) || softmax(student's))`, softmax over valid keys.
 
     Args:
-        student, teacher: of the same H, d may differ. valid: bool (B, L).
+        student, teacher: of the same H, d may differ. valid: bool (B, L), None where all are.
 
     Returns:
         The sum over valid queries, averaged over heads.
     """
-    kl, _, _ = _divergences(scores(student), scores(teacher), valid)
+    ours, theirs = scores(student), scores(teacher)
+    if valid is None:
+        return _kl(ours, theirs, None).mean(dim=1).sum()
+    kl = _kl(ours, theirs, ~valid[:, None, None, :])
     return kl.mean(dim=1).masked_fill(~valid, 0).sum()
 
 
-def _divergences(student: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL per query (B, H, L'), and both models' log probabilities, of scores (B, H, L', L)."""
-    padding = ~valid[:, None, None, :]
-    log_student = student.masked_fill(padding, -math.inf).log_softmax(dim=-1)
-    log_teacher = teacher.masked_fill(padding, -math.inf).log_softmax(dim=-1)
-    # Where a key is padding both logs are -inf: the difference is filled before it is used.
-    difference = (log_teacher - log_student).masked_fill(padding, 0)
-    return (log_teacher.exp() * difference).sum(dim=-1), log_student, log_teacher
+def _kl(student: Tensor, teacher: Tensor, padding: Tensor | None) -> Tensor:
+    """KL per query (B, H, L) of scores (B, H, L, L). padding: bool, keys that do not count."""
+    if padding is not None:
+        student = student.masked_fill(padding, -math.inf)
+        teacher = teacher.masked_fill(padding, -math.inf)
+    log_student, log_teacher = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+    difference = log_teacher - log_student
+    if padding is not None:  # both logs are -inf there
+        difference = difference.masked_fill(padding, 0)
+    return (log_teacher.exp() * difference).sum(dim=-1)
 
 
-def divergence_lean(student: Sides, teacher: Sides, valid: Tensor) -> Tensor:
-    """`divergence`, a few queries at a time; the gradient is found on the way and kept instead."""
+def divergence_lean(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
+    """`divergence`, some scores at a time; the gradient is found on the way and kept instead."""
     wanted = torch.is_grad_enabled() and (student.left.requires_grad or student.right.requires_grad)
     total: Tensor = _LeanDivergence.apply(*student, *teacher, valid, wanted)
     return total
 
 
 class _LeanDivergence(torch.autograd.Function):
-    """KL over chunks of queries; keeps two float32 tensors of the size of its sides."""
+    """KL of a few heads, or queries of a head, at a time.
+
+    Keeps two float32 tensors of the size of its sides: the gradient.
+    """
 
     @staticmethod
     def forward(
@@ -104,36 +150,80 @@ class _LeanDivergence(torch.autograd.Function):
         student_right: Tensor,
         teacher_left: Tensor,
         teacher_right: Tensor,
-        valid: Tensor,
+        valid: Tensor | None,
         wanted: bool,
     ) -> Tensor:
-        rows, heads, length, size = student_left.shape
-        chunk = max(1, min(length, CHUNK // (rows * heads * length)))
-        right, other = full_precision(student_right), full_precision(teacher_right)
-        left_gradient, right_gradient = torch.zeros_like(right), torch.zeros_like(right)
-        total = right.new_zeros(())
-        scale = 1 / (math.sqrt(size) * heads)
-        for start in range(0, length, chunk):
-            queries = slice(start, start + chunk)
-            left = full_precision(student_left[:, :, queries])
-            own = scores(Sides(left, right))
-            theirs = scores(Sides(teacher_left[:, :, queries], other))
-            kl, log_student, log_teacher = _divergences(own, theirs, valid)
-            padding = ~valid[:, None, queries]
-            total += kl.masked_fill(padding, 0).sum() / heads
-            if wanted:  # d KL / d score = p_S - p_T
-                slope = (log_student.exp() - log_teacher.exp()) * scale
-                slope = slope.masked_fill(padding[..., None], 0)
-                left_gradient[:, :, queries] = slope.matmul(right)
-                right_gradient += slope.transpose(-2, -1).matmul(left)
-        if wanted:
-            ctx.save_for_backward(left_gradient, right_gradient)
-            ctx.dtype = student_left.dtype
-        return total
+        heads, size = student_left.shape[1], student_left.shape[-1]
+        ours = _flat(student_left, student_right, valid)
+        theirs = _flat(teacher_left, teacher_right, valid)
+        padding = None if valid is None else ~valid.repeat_interleave(heads, 0)[:, None]
+        gradients = Sides(*(torch.zeros_like(side) for side in ours)) if wanted else None
+        total = ours.left.new_zeros(())
+        for block, queries in _blocks(ours.left):
+            part = _take(ours, block, queries), _take(theirs, block, queries)
+            hidden = None if padding is None else padding[block]
+            kl, slope = _kl_and_slope(*part, hidden, wanted)
+            if hidden is not None:
+                kl.masked_fill_(hidden[:, 0, queries], 0)
+            total += kl.sum()
+            if gradients is not None:  # of the sides as they are here, left scaled
+                torch.bmm(slope, part[0].right, out=gradients.left[block, queries])
+                gradients.right[block] += slope.transpose(1, 2).bmm(part[0].left)
+        if gradients is not None:
+            gradients.left.mul_(1 / math.sqrt(size))
+            if padding is not None:
+                gradients.left.masked_fill_(padding.transpose(1, 2), 0)
+            ctx.save_for_backward(*gradients)
+            ctx.shape, ctx.dtype = student_left.shape, student_left.dtype
+        return total / heads
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Rounded once, behind the factor: that is a loss scale over a count of tokens.
-        outer = [(side * gradient).to(ctx.dtype) for side in ctx.saved_tensors]
+        factor = gradient / ctx.shape[1]
+        outer = [(side * factor).to(ctx.dtype).view(ctx.shape) for side in ctx.saved_tensors]
         return (*outer, None, None, None, None)
+
+
+def _flat(left: Tensor, right: Tensor, valid: Tensor | None) -> Sides:
+    """Sides (B*H, L, d) in float32 or more: left scaled, and 0 at padding; both contiguous."""
+    left = full_precision(left) * (1 / math.sqrt(left.shape[-1]))
+    if valid is not None:
+        left = left.masked_fill(~valid[:, None, :, None], 0)
+    return Sides(left.flatten(0, 1).contiguous(), full_precision(right).flatten(0, 1).contiguous())
+
+
+def _blocks(left: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of heads and of queries whose scores are at most a chunk."""
+    heads, length = left.shape[:2]
+    chunk = CHUNKS.get(left.device.type, CHUNK)
+    together = max(1, chunk // length**2)
+    queries = min(length, max(1, chunk // length))
+    for head in range(0, heads, together):
+        for query in range(0, length, queries):
+            yield slice(head, head + together), slice(query, query + queries)
+
+
+def _take(sides: Sides, block: slice, queries: slice) -> Sides:
+    return Sides(sides.left[block, queries], sides.right[block])
+
+
+def _kl_and_slope(
+    student: Sides, teacher: Sides, padding: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """KL per query and its gradient by the student's scores, `p_S - p_T`; works in place."""
+    log_student, log_teacher = (
+        _log_softmax(side.left.bmm(side.right.transpose(1, 2)), padding)
+        for side in (student, teacher)
+    )
+    target = log_teacher.exp()
+    slope = log_student.exp().sub_(target) if wanted else target
+    difference = log_teacher.sub_(log_student)
+    if padding is not None:  # both logs are -inf there
+        difference.masked_fill_(padding, 0)
+    return torch.linalg.vecdot(target, difference), slope
+
+
+def _log_softmax(scores: Tensor, padding: Tensor | None) -> Tensor:
+    return (scores if padding is None else scores.masked_fill_(padding, -math.inf)).log_softmax(-1)

@@ -1,5 +1,7 @@
 """Packing and the split: rows give the stream of tokens back, whole and in order."""
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,16 @@ def packed(documents: list[list[int]], seq_length: int, rows: int) -> tuple[np.n
             blocks.append(block)
     last, padding = packer.last_block()
     return np.concatenate([*blocks, last]), padding
+
+
+def test_waiting_tokens_do_not_hold_the_batch_that_they_came_in() -> None:
+    packer = RowPacker(128, 1, IDS, np.dtype(np.uint16))
+    batch = np.arange(1000, dtype=np.int32)
+    alive = weakref.ref(batch)
+    packer.add(batch[10:13])
+    del batch
+    assert alive() is None
+    assert packer.waiting().tolist() == [10, 11, 12]
 
 
 def test_rows_are_those_worked_out_by_hand() -> None:

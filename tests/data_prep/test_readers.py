@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data_prep.corpus import (
     LONGEST_PIECE,
     Position,
     Source,
+    _paragraph_end,
     cut_fragments,
     find_sources,
     read_pieces,
@@ -150,6 +152,17 @@ def test_a_parquet_row_group_is_never_held_whole(tmp_path: Path) -> None:
 
 
 WORDS = st.text(st.sampled_from("ab.\n\n  \t\r"), max_size=60)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("ab \n\t\r\x1c\u00a0\u2028", min_size=1, max_size=30), st.data())
+def test_a_paragraph_ends_behind_a_word_where_only_blanks_come_before_a_newline(
+    text: str, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(1, len(text)))
+    limit = data.draw(st.integers(start, len(text) + 2))
+    expected = re.compile(r"(?<=\S)[ \t\r\f\v]*\n").search(text, start, limit)
+    assert _paragraph_end(text, start, limit) == (expected.start() if expected else None)
 
 
 @settings(max_examples=200, deadline=None)

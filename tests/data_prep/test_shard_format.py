@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,3 +161,28 @@ def test_no_validation_rows_is_refused_with_the_remedy(
     assert ShardReader(output, "train").rows
     with pytest.raises(InputError, match="no validation rows.*--validation_fraction"):
         ShardReader(output, "validation")
+
+
+def test_rows_that_are_expected_are_read_as_before(shards: Path) -> None:
+    """Blocks of 64 rows: inside a shard of 100, over its end, at the end of the last one."""
+    reader = ShardReader(shards, "train")
+    numbers = np.arange(reader.rows)
+    expected = ShardReader(shards, "train").read(numbers)
+    reader.expect(np.array([0, 64, 192, reader.rows - 1]), 64)
+    assert (reader.read(numbers) == expected).all()
+
+
+def test_more_shards_than_open_files_are_allowed(
+    run_here: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Each memory map holds its file open; the soft limit is raised, the hard one stays."""
+    folder = run_here(tmp_path / "made", corpus, flags="--workers 1 --rows_per_shard 4")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        reader = ShardReader(folder, "train")
+        assert len(reader._files) > 128
+        assert len(reader.read(np.arange(reader.rows))) == reader.rows
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -113,3 +113,10 @@ def test_every_run_says_how_far_it_went(folder: Path) -> None:
     for name in ("1x1-0", "1x2-0", "2x1-0", "2x2-zero3"):
         lines = metrics(folder / name, "train")
         assert [line["tokens"] for line in lines] == [8 * 32 * step for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("name", ["2x1-0", "2x2-zero1", "2x2-zero2", "2x2-zero3"])
+def test_what_ranks_send_is_told_apart_under_every_zero_stage(folder: Path, name: str) -> None:
+    (summary,) = (line for line in metrics(folder / name, "event") if line["event"] == "summary")
+    assert 0.02 < summary["shares"]["communication"] < 0.98, "models so small mostly talk"
+    assert sum(summary["shares"].values()) == pytest.approx(1)

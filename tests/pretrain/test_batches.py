@@ -1,6 +1,7 @@
 """Which rows a rank sees: permutations, slices, validation shares, loader workers."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_prep.shard_format import (
     FORMAT_VERSION,
@@ -21,15 +20,16 @@ from data_prep.shard_format import (
     write_manifest,
 )
 from pretrain.batches import (
+    NO_LABEL,
     VALIDATION_EPOCH,
     Batch,
     Slices,
     TrainingBatches,
     make_batch,
-    shuffled,
     training_batches,
     validation_batches,
 )
+from pretrain.order import Order
 from tests.pretrain.tiny import SPECIAL, VOCAB, ragged_batch, ragged_ids, tiny_masking
 
 LENGTH, ROWS = 8, {"train": [13, 10], "validation": [11]}
@@ -81,52 +81,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def original_ids(batch: Batch) -> torch.Tensor:
     """The rows before masking, put together again from the labels."""
-    ids = batch.input_ids.flatten().clone()
-    ids[batch.masked] = batch.labels
+    ids, used = batch.input_ids.flatten().clone(), batch.counts["masked"]
+    ids[batch.masked[:used]] = batch.labels[:used]
     return ids.view_as(batch.input_ids)
 
 
 def row_numbers(batch: Batch) -> list[int]:
     ids = original_ids(batch)
     return ((ids[:, 1] - SPECIAL) * 50 + ids[:, 2] - SPECIAL).tolist()
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(rows=st.integers(1, 1500), epoch=st.integers(0, 2**31), seed=st.integers(0, 2**63))
-def test_every_epoch_is_a_permutation(rows: int, epoch: int, seed: int) -> None:
-    epochs, order = shuffled(np.arange(rows, dtype=np.int64) + epoch * rows, rows, seed)
-    assert (epochs == epoch).all()
-    assert sorted(order.tolist()) == list(range(rows))
-
-
-@pytest.mark.parametrize("rows", [*range(1, 18), 63, 64, 65, 255, 256, 257, 4096])
-def test_sizes_around_powers_of_two_are_permuted(rows: int) -> None:
-    _, order = shuffled(np.arange(3 * rows), rows, seed=1)
-    for epoch in order.reshape(3, rows):
-        assert sorted(epoch.tolist()) == list(range(rows))
-
-
-def test_order_differs_between_epochs_and_seeds_and_looks_random() -> None:
-    rows = 2000
-    _, order = shuffled(np.arange(2 * rows), rows, seed=1)
-    _, other = shuffled(np.arange(rows), rows, seed=2)
-    first, second = order.reshape(2, rows)
-    identity = np.arange(rows)
-    for one, two in ((first, second), (first, other), (first, identity)):
-        # Fixed points of a random permutation: 1 on average, Poisson.
-        assert (one == two).sum() < 10
-        assert abs(np.corrcoef(one, two)[0, 1]) < 5 / rows**0.5
-    # Neighbours are as unrelated as any two rows.
-    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 5 / rows**0.5
-
-
-def test_order_of_any_sample_needs_no_other() -> None:
-    samples = np.array([5, 99, 100, 100_000_000_007])
-    epochs, order = shuffled(samples, 100, seed=3)
-    assert epochs.tolist() == [0, 0, 1, 1_000_000_000]
-    for sample, epoch, row in zip(samples, epochs, order, strict=True):
-        one_epoch, one_row = shuffled(np.array([sample]), 100, seed=3)
-        assert (one_epoch[0], one_row[0]) == (epoch, row)
 
 
 @pytest.mark.parametrize("step", [0, 1, 7])
@@ -158,35 +120,70 @@ def first_steps(batches: TrainingBatches, step: int, count: int, workers: int) -
 def same(one: Batch, two: Batch) -> bool:
     tensors = all(
         torch.equal(getattr(one, name), getattr(two, name))
-        for name in ("input_ids", "valid", "masked", "labels")
+        for name in ("input_ids", "valid", "masked", "labels", "positions")
     )
     return tensors and one.full == two.full and one.counts == two.counts
 
 
 def test_batches_hold_the_rows_of_the_order(shards: Path) -> None:
-    """23 rows in steps of 4: over six epochs every row comes six times, in `shuffled`'s order."""
+    """23 rows in steps of 4: over six epochs every row comes six times, in that order."""
     batches = batches_of(shards, Slices(4, 1, 0, 1))
-    seen = [number for step in range(23 * 6 // 4 + 1) for number in row_numbers(batches[step])]
-    _, order = shuffled(np.arange(len(seen)), 23, seed=5)
+    steps = range(23 * 6 // 4 + 1)
+    seen = [number for step in steps for number in row_numbers(batches[step][0])]
+    _, order = Order(23, seed=5)(np.arange(len(seen)))
     assert seen == order.tolist()
     assert set(np.bincount(seen[: 23 * 6])) == {6}
 
 
 def test_masks_belong_to_epoch_and_row_whatever_the_cut(shards: Path) -> None:
-    whole = batches_of(shards, Slices(12, 1, 0, 1))[3]
-    parts = [batches_of(shards, Slices(2, 3, rank, 2))[9 + k] for k in range(3) for rank in (0, 1)]
+    whole = batches_of(shards, Slices(12, 1, 0, 1))[3][0]
+    cut = [batches_of(shards, Slices(2, 3, rank, 2)) for rank in (0, 1)]
+    parts = [rank[9 + k][0] for k in range(3) for rank in cut]
     assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
-    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    labels = torch.cat([part.labels for part in parts])
+    assert torch.equal(labels[labels != NO_LABEL], whole.labels[: whole.counts["masked"]])
 
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_loader_workers_never_change_the_batches(shards: Path, first_step: int) -> None:
     batches = batches_of(shards, Slices(4, 2, 1, 2))
     alone = first_steps(batches, first_step, 6, workers=0)
-    assert same(alone[0], batches[2 * first_step])
+    assert same(alone[0], batches[2 * first_step][0])
     helped = first_steps(batches, first_step, 6, workers=2)
     assert all(same(one, two) for one, two in zip(alone, helped, strict=True))
     assert not same(alone[0], alone[1])
+
+
+def test_groups_never_change_the_batches(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one micro-batch, of three, and of more than an epoch."""
+    taken = []
+    for rows in (1, 12, 1024):
+        monkeypatch.setattr("pretrain.batches.GROUP_ROWS", rows)
+        batches = batches_of(shards, Slices(4, 2, 1, 2))
+        assert len(batches[0]) == batches.group == max(1, rows // 4)
+        taken.append([first_steps(batches, step, 7, workers=0) for step in (0, 3)])
+    for other in taken[1:]:
+        for found, expected in zip(other, taken[0], strict=True):
+            assert all(same(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_workers_hold_no_more_than_their_groups(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two workers that nobody takes from make 2 groups each, and one for what was taken."""
+    made = tmp_path / "made"
+    read = ShardReader.read
+
+    def noted(self: ShardReader, rows: np.ndarray) -> np.ndarray:
+        with made.open("a") as file:
+            file.write(".")
+        return read(self, rows)
+
+    monkeypatch.setattr(ShardReader, "read", noted)
+    loader = training_batches(batches_of(shards, Slices(512, 1, 0, 1)), 0, 2, pin=False)
+    next(loader)
+    time.sleep(0.5)
+    assert 1 <= len(made.read_text()) <= 5
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 11, 99])
@@ -229,7 +226,7 @@ def test_counts_are_those_of_a_loop() -> None:
     assert batch.counts["sequences"] == 3
     assert batch.counts["tokens"] == 9 == int(batch.valid.sum())
     assert batch.counts["pairs"] == 25 + 1 + 9
-    assert batch.counts["masked"] == 2 + 1 + 1 == len(batch.masked) == len(batch.labels)
+    assert batch.counts["masked"] == 2 + 1 + 1 == (batch.labels != NO_LABEL).sum()
     assert not batch.full and ragged_batch((4, 4)).full
 
 
@@ -240,6 +237,23 @@ def test_labels_are_the_original_tokens() -> None:
     assert np.array_equal(original_ids(batch).numpy(), ids)
     assert not np.array_equal(batch.input_ids.numpy(), ids)
     assert batch.valid.flatten()[batch.masked].all()
+
+
+def test_slots_are_fixed_by_the_size_and_unused_ones_stand_at_the_end() -> None:
+    """Rows of 8 at 30 %: 2 of 8 at most, whatever is in them; 3 rows have 6 slots."""
+    for lengths in ((8, 8, 8), (8, 1, 3), (1, 1, 1)):
+        batch = ragged_batch(lengths, length=8)
+        used = batch.counts["masked"]
+        assert len(batch.masked) == len(batch.labels) == 6 >= used
+        assert (batch.labels[:used] >= SPECIAL).all()
+        assert (batch.labels[used:] == NO_LABEL).all() and (batch.masked[used:] == 0).all()
+    assert len(ragged_batch((8, 3), probability=0.0).masked) == 0
+
+
+def test_positions_are_those_of_valid_tokens_and_left_out_of_full_rows() -> None:
+    batch = ragged_batch((3, 1), length=4)
+    assert batch.positions.tolist() == [0, 1, 2, 4]
+    assert ragged_batch((4, 4)).positions.tolist() == []
 
 
 def test_moving_a_batch_keeps_what_is_in_it() -> None:

@@ -78,8 +78,18 @@ def masking_of(tokenizer: Any, probability: float = 0.15, words: bool = False) -
 
 
 def apply(masking: Masking, rows: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    numbers = np.arange(len(rows))
-    return masking(rows, np.full_like(numbers, epoch), numbers)
+    return marked(masking, rows, epoch, np.arange(len(rows)))
+
+
+def marked(
+    masking: Masking, rows: np.ndarray, epoch: int, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the models see, and True (B, L) where a token was chosen."""
+    seen, positions = masking(rows, np.full_like(numbers, epoch), numbers)
+    assert (np.diff(positions) > 0).all()
+    chosen = np.zeros(rows.shape, bool)
+    chosen.reshape(-1)[positions] = True
+    return seen, chosen
 
 
 @pytest.mark.parametrize("words", [False, True])
@@ -90,7 +100,7 @@ def test_mask_of_a_row_never_depends_on_its_batch(
     seen, chosen = apply(masking, rows)
     order = np.random.default_rng(0).permutation(ROWS)
     for part in np.split(order, [1, 2, 17, 100]):
-        seen_part, chosen_part = masking(rows[part], np.zeros_like(part), part)
+        seen_part, chosen_part = marked(masking, rows[part], 0, part)
         assert np.array_equal(seen_part, seen[part])
         assert np.array_equal(chosen_part, chosen[part])
 
@@ -101,7 +111,7 @@ def test_seed_epoch_and_row_each_change_the_mask(tokenizer: Any, rows: np.ndarra
     _, chosen = apply(masking, full)
     _, other_epoch = apply(masking, full, epoch=1)
     _, other_seed = apply(replace(masking, seed=8), full)
-    _, other_row = masking(full, np.zeros(200, np.int64), np.arange(1, 201))
+    _, other_row = marked(masking, full, 0, np.arange(1, 201))
     for other in (other_epoch, other_seed, other_row):
         # Two independent choices of 15 % share 2.25 % of the positions.
         assert 0.012 < (chosen & other).mean() < 0.034
@@ -189,16 +199,19 @@ def test_words_are_chosen_whole_within_the_budget(tokenizer: Any, rows: np.ndarr
     masking = masking_of(tokenizer, words=True)
     words = words_of(rows, masking.continues)
     budget = [max(round(0.15 * int(n)), 1) for n in (rows > MASK).sum(1)]
-    parts = whole = 0
+    parts = whole = cut = 0
     for epoch in range(3):
         _, chosen = apply(masking, rows, epoch)
         for row in range(ROWS):
             hit = set(words[row][chosen[row]])
             whole_words = np.isin(words[row], list(hit))
-            assert np.array_equal(whole_words, chosen[row]), (epoch, row)
+            too_long = len(hit) == 1 and chosen[row].sum() == masking.most(LENGTH)
+            assert too_long or np.array_equal(whole_words, chosen[row]), (epoch, row)
             assert chosen[row].sum() <= budget[row] or len(hit) == 1
             assert hit and -1 not in hit
+            cut += int(whole_words.sum() > chosen[row].sum())
             parts, whole = parts + int(chosen[row].sum()), whole + len(hit)
+    assert cut < 0.02 * 3 * ROWS  # lines of dashes
     assert parts > 1.1 * whole  # words of several pieces were among them
     share = parts / 3 / (rows > MASK).sum()
     assert 0.12 < share <= 0.155  # a word that does not fit is left out
@@ -224,3 +237,96 @@ def test_short_rows_hide_one_token_and_empty_rows_none(tokenizer: Any, words: bo
         assert chosen[0].tolist() == [False, True, False, False]
         assert not chosen[1].any()
         assert chosen[2].sum() in ((1, 2) if words else (1,)) and not chosen[2, 2:].any()
+
+
+def test_a_word_longer_than_a_row_may_hide_is_cut_there() -> None:
+    """One word of 40 pieces in a row of 42: of 0.15 * 42 tokens only 6 slots are there."""
+    special = np.arange(10) <= MASK
+    continues = np.arange(10) == 6
+    masking = Masking(0.15, MASK, 10, special, continues, seed=3)
+    row = np.array([[CLS, 5, *[6] * 39, SEP]])
+    assert masking.most(42) == 6
+    for epoch in range(5):
+        _, chosen = apply(masking, row, epoch)
+        assert np.flatnonzero(chosen).tolist() == [1, 2, 3, 4, 5, 6]
+    short = np.where(np.arange(42) < 5, row, PAD)  # 4 pieces, budget 1: the word stays whole
+    assert apply(masking, short)[1].sum() == 4
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_no_row_has_more_chosen_tokens_than_slots(tokenizer: Any, words: bool) -> None:
+    """Rows of any content: only continuations, only ordinary tokens, some special ones."""
+    draw = np.random.default_rng(1)
+    for probability in (0.01, 0.15, 0.5, 0.9):
+        masking = masking_of(tokenizer, probability, words)
+        rows = draw.integers(PAD, len(tokenizer), (200, 33))
+        rows[:100] = np.flatnonzero(word_continuations(tokenizer)[5:])[:1] + 5
+        assert apply(masking, rows)[1].sum(1).max() <= masking.most(33)
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_masks_are_those_of_the_definition(tokenizer: Any, rows: np.ndarray, words: bool) -> None:
+    """Integer by integer, in Python's own numbers, for rows full and short."""
+    masking = masking_of(tokenizer, words=words)
+    part = np.r_[0:10, ROWS - 25 : ROWS]
+    seen, chosen = marked(masking, rows[part], 3, part)
+    for place, number in enumerate(part.tolist()):
+        expected_seen, expected = masked_by_hand(masking, rows[number].tolist(), 3, number)
+        assert np.flatnonzero(chosen[place]).tolist() == expected
+        assert seen[place].tolist() == expected_seen
+
+
+def masked_by_hand(
+    masking: Masking, row: list[int], epoch: int, number: int
+) -> tuple[list[int], list[int]]:
+    """A row as the models see it, and its chosen positions, by the definition."""
+    key = splitmix(masking.seed, epoch, number)
+    word, words = 0, []
+    for token in row:
+        word += masking.continues is None or bool(
+            not masking.continues[token] or masking.special[token]
+        )
+        words.append(word if masking.continues is not None else word - 1)
+    ordinary = [p for p, token in enumerate(row) if not masking.special[token]]
+    units: dict[int, list[int]] = {}
+    for position in ordinary:
+        units.setdefault(words[position], []).append(position)
+    low = 2 ** len(row).bit_length()
+    ranked = sorted(units, key=lambda u: (lowbias(key, u, 0) % 2**31 // low, u))
+    budget = min(max(round(masking.probability * len(ordinary)), 1), len(ordinary))
+    chosen: list[int] = []
+    for unit in ranked:
+        if len(chosen) + len(units[unit]) > budget and chosen:
+            break
+        chosen += units[unit][: max(budget, masking.most(len(row)))]
+        if len(chosen) >= budget:
+            break
+    seen = list(row)
+    for position in chosen:
+        fate = lowbias(key, position, 1) / 2**32
+        if fate < 0.8:
+            seen[position] = MASK
+        elif fate >= 0.9:
+            drawn = lowbias(key, position, 2) * len(masking.ordinary) >> 32
+            seen[position] = int(masking.ordinary[drawn])
+    return seen, sorted(chosen)
+
+
+def splitmix(*parts: int) -> int:
+    """The 64-bit key of a row."""
+    state, whole = 0, 2**64
+    for part in parts:
+        state = ((state ^ part) + 0x9E3779B97F4A7C15) % whole
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % whole
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % whole
+        state ^= state >> 31
+    return state
+
+
+def lowbias(key: int, column: int, purpose: int) -> int:
+    """A 32-bit draw for a column of the row with that key."""
+    whole = 2**32
+    state = ((column + (purpose << 24)) * 0x9E3779B9 + key) % whole
+    state = (state ^ (state >> 16)) * 0x21F0AAAD % whole
+    state = (state ^ (state >> 15) ^ (key >> 32)) * 0xD35A2D97 % whole
+    return state ^ (state >> 15)

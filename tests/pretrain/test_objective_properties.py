@@ -33,7 +33,7 @@ def features(batch: Batch, shape: Shape, layer: int, seed: int) -> dict[Feature,
     rows, length = batch.input_ids.shape
     heads = (rows, shape.heads, length, shape.head_size)
     sizes = {
-        Feature("logits", "masked"): (batch.counts["masked"], shape.vocab),
+        Feature("logits", "masked"): (len(batch.masked), shape.vocab),
         Feature("hidden", 0): (rows, length, shape.hidden),
         Feature("hidden", layer): (rows, length, shape.hidden),
         **{Feature(kind, layer): heads for kind in ("query", "key", "value")},
@@ -85,13 +85,15 @@ def test_more_padding_never_changes_a_loss(
     behind = torch.zeros(len(lengths), more, dtype=torch.bool)
     ids = torch.cat([narrow.input_ids, behind.to(narrow.input_ids.dtype)], dim=1)
     rows, columns = narrow.masked // length, narrow.masked % length
+    valid = torch.cat([narrow.valid, behind], dim=1)
     wide = Batch(
         ids,
-        torch.cat([narrow.valid, behind], dim=1),
+        valid,
         rows * (length + more) + columns,
         narrow.labels,
         False,
         narrow.counts,
+        valid.flatten().nonzero().squeeze(1),
     )
 
     def widened(feature: Feature, value: torch.Tensor) -> torch.Tensor:
@@ -142,8 +144,8 @@ def test_order_and_cut_of_a_batch_never_change_a_loss(
 
 def masked_of(batch: Batch, rows: list[int]) -> list[int]:
     """Places, among a batch's masked positions, of those in some rows, row by row."""
-    length = batch.input_ids.shape[1]
-    return [i for row in rows for i, at in enumerate(batch.masked.tolist()) if at // length == row]
+    length, used = batch.input_ids.shape[1], batch.masked[: batch.counts["masked"]].tolist()
+    return [i for row in rows for i, at in enumerate(used) if at // length == row]
 
 
 def rows_of(batch: Batch, feature: Feature, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -166,6 +168,6 @@ def part_of(batch: Batch, rows: list[int]) -> Batch:
         "pairs": int(lengths.square().sum()),
     }
     masked = torch.tensor(positions, dtype=torch.int64)
-    return Batch(
-        batch.input_ids[rows], valid, masked, batch.labels[places], bool(valid.all()), counts
-    )
+    full = bool(valid.all())
+    flat = torch.zeros(0, dtype=torch.int64) if full else valid.flatten().nonzero().squeeze(1)
+    return Batch(batch.input_ids[rows], valid, masked, batch.labels[places], full, counts, flat)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import InputError
-from pretrain.batches import Batch, make_batch
+from pretrain.batches import NO_LABEL, Batch, make_batch
 from pretrain.features import Feature
 from pretrain.models import Shape
 from pretrain.objectives import (
@@ -70,7 +70,7 @@ def random_features(batch: Batch, shape: Shape, layers: list[int], seed: int) ->
 
     rows, length = batch.input_ids.shape
     features = {
-        Feature("logits", "masked"): draw(batch.counts["masked"], shape.vocab),
+        Feature("logits", "masked"): draw(len(batch.masked), shape.vocab),
         Feature("logits", "all"): draw(batch.counts["tokens"], shape.vocab),
     }
     for layer in layers:
@@ -79,6 +79,12 @@ def random_features(batch: Batch, shape: Shape, layers: list[int], seed: int) ->
             sizes = (rows, shape.heads, length, shape.head_size)
             features[Feature(kind, layer)] = draw(*sizes)
     return features
+
+
+def with_small_labels(batch: Batch) -> Batch:
+    """The tiny vocabulary is larger than the logits of these tests are wide."""
+    labels = torch.where(batch.labels == NO_LABEL, NO_LABEL, batch.labels % VOCAB)
+    return replace(batch, labels=labels)
 
 
 def make_case(
@@ -91,8 +97,7 @@ def make_case(
     **settings: object,
 ) -> tuple[WeightedSum, Case]:
     batch = ragged_batch(lengths, seed=seed)
-    # The tiny vocabulary is larger than the logits are wide.
-    batch = replace(batch, labels=batch.labels % VOCAB)
+    batch = with_small_labels(batch)
     student = random_features(batch, own_shape, [0, *(pair.student for pair in pairs)], seed)
     teacher = random_features(batch, other, [0, *(pair.teacher for pair in pairs)], seed + 1)
     for feature in student.values():
@@ -130,12 +135,14 @@ def reference_of(name: str, case: Case) -> Tensor:
     """The reference's value of a term, summed over the layer pairs."""
     if name in ("mlm", "kd", "vanilla-kd"):
         at = Feature("logits", "masked" if name != "kd" else case.settings.positions)
-        student, teacher = case.student[at], case.teacher[at]
+        used = case.batch.counts["masked"] if at.at == "masked" else None  # the rest are slots
+        student, teacher = case.student[at][:used], case.teacher[at][:used]
+        labels = case.batch.labels[:used]
         if name == "mlm":
-            return reference.mlm(student, case.batch.labels)
+            return reference.mlm(student, labels)
         if name == "kd":
             return reference.kd(student, teacher, case.settings.temperature)
-        return reference.vanilla_kd(student, teacher, case.batch.labels)
+        return reference.vanilla_kd(student, teacher, labels)
     if name == "emb":
         embeddings = case.student[Feature("hidden", 0)], case.teacher[Feature("hidden", 0)]
         return reference.hid_seq(*embeddings, case.lengths, case.weight(name, LayerPair(0, 0)))
@@ -349,22 +356,29 @@ def test_cutting_into_micro_batches_never_changes_the_loss(
     first = {"masked": 0, "all": 0}
     for part in np.split(rows, cuts):
         batch = make_batch(ids[part], np.zeros_like(part), part, masking, 0)
-        batch = replace(batch, labels=batch.labels % VOCAB)
+        batch = with_small_labels(batch)
+        slots = {"masked": len(batch.masked), "all": batch.counts["tokens"]}
         sizes = {"masked": batch.counts["masked"], "all": batch.counts["tokens"]}
 
-        def cut(
+        def part_of(
             features: dict[Feature, Tensor],
             part: np.ndarray = part,
             starts: dict[str, int] = dict(first),  # noqa: B006 (a copy of its own)
             sizes: dict[str, int] = sizes,
+            slots: dict[str, int] = slots,
         ) -> dict[Feature, Tensor]:
-            return {
-                f: v[starts[f.at] : starts[f.at] + sizes[f.at]] if f.kind == "logits" else v[part]
-                for f, v in features.items()
-            }
+            """Logits of the part's own positions, and of its unused slots something."""
+
+            cut = {}
+            for f, v in features.items():
+                cut[f] = v[part] if f.kind != "logits" else v[starts[f.at] :][: sizes[f.at]]
+                if f.kind == "logits":
+                    unused = v.new_ones(slots[f.at] - sizes[f.at], v.shape[1])
+                    cut[f] = torch.cat([cut[f], unused])
+            return cut
 
         totals = totals + objective.totals(
-            cut(case.student), cut(case.teacher), batch, case.projections
+            part_of(case.student), part_of(case.teacher), batch, case.projections
         )
         counts = [a + b for a, b in zip(counts, objective.counts(batch), strict=True)]
         first = {at: first[at] + sizes[at] for at in first}
@@ -397,7 +411,7 @@ def test_equal_models_have_no_distance() -> None:
     }
     totals = objective.totals(case.student, case.teacher, case.batch, case.projections)
     assert totals[1:].abs().max() < 1e-12
-    logits = case.student[Feature("logits", "masked")]
+    logits = case.student[Feature("logits", "masked")][: case.batch.counts["masked"]]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(totals[0], entropy.sum(), **EXACT)
 

@@ -118,7 +118,7 @@ def test_the_exported_student_has_the_held_out_loss_that_the_trainer_had(
         logits = student(input_ids=batch.input_ids, attention_mask=batch.valid.long()).logits
         chosen = logits.flatten(0, 1)[batch.masked]
         total += float(functional.cross_entropy(chosen, batch.labels, reduction="sum"))
-        count += len(batch.labels)
+        count += batch.counts["masked"]
     last = metrics(folder / "pretrained", "validation")[-1]
     assert last["step"] == 10 and last["rows"] == reader.rows
     assert total / count == pytest.approx(last["loss"], rel=1e-5)
@@ -307,12 +307,38 @@ def test_every_train_line_holds_what_is_promised(folder: Path) -> None:
     for line in metrics(folder / "att", "train"):
         assert set(line) == {
             *("kind", "step", "loss", "terms", "lr", "grad_norm", "tokens", "seconds"),
-            *("tokens_per_second", "flops", "mfu"),
+            *("tokens_per_second", "flops", "mfu", "shares", "memory_peak"),
         }
         assert line["terms"] == {"att-mse": line["loss"]}
         assert line["tokens"] == 4 * 32 * line["step"]
         assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0
-        assert line["mfu"] is None, "no peak is known of a CPU"
+        assert line["mfu"] > 0, "a CPU's peak is measured"
+        assert sum(line["shares"].values()) == pytest.approx(1)
+        assert min(line["shares"][part] for part in ("data", "teacher", "student")) > 0
+        assert line["memory_peak"] > 2**26, "torch alone is more than 64 MiB"
+
+
+def test_a_run_ends_with_what_it_took(done: tuple[Path, str]) -> None:
+    folder, printed = done
+    (summary,) = (line for line in metrics(folder / "att", "event") if line["event"] == "summary")
+    last = metrics(folder / "att", "train")[-1]
+    for name in ("step", "tokens", "seconds", "flops", "memory_peak"):
+        assert summary[name] == last[name]
+    assert summary["tokens_per_second"] == last["tokens"] / last["seconds"]
+    assert summary["device_hours"] == last["seconds"] / 3600
+    peak = json.loads((folder / "att" / "environment.json").read_text())["peak"]
+    assert peak["source"] == "measured"
+    assert summary["mfu"] == pytest.approx(
+        last["flops"] / last["seconds"] / peak["flops_per_second"]
+    )
+    assert sum(summary["shares"].values()) == pytest.approx(1)
+    assert printed.count("HTD        6x768 by Att-MSE: 13.1 B tokens in 58 A100-hours") > 1
+
+
+def test_a_validation_takes_no_probe_and_has_no_summary(folder: Path) -> None:
+    run = folder / "untouched"
+    assert json.loads((run / "environment.json").read_text())["peak"] is None
+    assert not [line for line in metrics(run, "event") if line["event"] == "summary"]
 
 
 def test_checkpoints_hold_no_teacher(folder: Path, materials: Materials) -> None:

@@ -171,7 +171,7 @@ def test_other_students_in_the_folder_are_refused(
     write_json(tmp_path / "out" / "config.json", {"identity": {"students": ["a"]}})
     arguments = in_this_run(materials, tmp_path, {"b": {"objective": "mlm"}})
     with pytest.raises(InputError, match=r"another run: students differ .*\['a'\], is \['b'\]"):
-        make_plan(parse_config(arguments))
+        make_plan(parse_config(arguments), torch.device("cpu"))
 
 
 def test_the_plan_counts_one_teacher_forward_as_deep_as_any_student_wants(
@@ -179,7 +179,7 @@ def test_the_plan_counts_one_teacher_forward_as_deep_as_any_student_wants(
 ) -> None:
     """hid-seq of layer 1 and of layer 4: the teacher runs its 4 layers once."""
     students = {n: {"objective": "hid-seq", "layers": f"1:{n[1]}"} for n in ("l1", "l4")}
-    plan = make_plan(parse_config(in_this_run(materials, tmp_path, students)))
+    plan = make_plan(parse_config(in_this_run(materials, tmp_path, students)), torch.device("cpu"))
     layer = 8 * 32**2 + 4 * 32 * 64 + 4 * 32 * 32
     assert sum(alone_flops(plan, s) for s in plan.students) == 3 * 2 * layer + 5 * layer
     assert plan.flops_per_token == 3 * 2 * layer + 4 * layer
