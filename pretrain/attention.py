@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.dropout import draw_kept
+from pretrain.dropout import drop, keep
 
 Backend = Literal["auto", "sdpa", "plain"]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -65,8 +65,7 @@ class _TrainedAttention(torch.autograd.Function):
         dropped = probabilities = scores.softmax(dim=-1)
         kept = None
         if dropout:
-            kept, ctx.scale = draw_kept(scores.shape, dropout)
-            dropped = kept.to(probabilities.dtype).mul_(probabilities)
+            dropped, kept, ctx.scale = drop(probabilities, dropout)
         ctx.save_for_backward(query, key, value, probabilities, kept)
         return torch.matmul(dropped, value * ctx.scale)
 
@@ -77,9 +76,7 @@ class _TrainedAttention(torch.autograd.Function):
         to_scores = torch.matmul(gradient, value.transpose(-2, -1))
         dropped = probabilities
         if kept is not None:
-            keep = kept.to(probabilities.dtype)
-            to_scores.mul_(keep)
-            dropped = keep.mul_(probabilities)
+            to_scores, dropped = keep(to_scores, kept), keep(probabilities, kept)
         to_value = torch.matmul(dropped.transpose(-2, -1), gradient)
         to_scores = torch._softmax_backward_data(to_scores, probabilities, -1, probabilities.dtype)
         to_query = torch.matmul(to_scores, key * ctx.factor)

@@ -5,6 +5,7 @@ is kept to within 2^-17, and the scale is the exact one of the probability that 
 stream starts from a number of PyTorch's own generator: dropout stays a pure function of its seed.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,36 +14,55 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _LEVELS = 2**16
+_BLOCK = 2**17
+"""Elements that are worked on at a time, so that all passes over them find them in the cache."""
 
 
-def draw_kept(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
-    """Which elements stay, and what they are to be multiplied by.
+def drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor, float]:
+    """`x` with some elements set to 0, on the CPU.
 
     Args:
-        shape: of the elements. probability: of dropping one.
+        x: contiguous. probability: of setting an element to 0.
 
     Returns:
-        bool tensor of that shape, on the CPU, True with probability 1 - `probability`; the scale
-        that keeps the expected value.
+        The rest of x, not scaled; which elements stayed, bool; the scale that keeps the expected
+        value.
     """
-    elements = shape.numel()
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     stream = np.random.SFC64(int(torch.randint(2**62, ())))
-    bits = torch.from_numpy(stream.random_raw(-(-elements // 4)).view(np.int16))[:elements]
-    return bits.view(shape) >= dropped - _LEVELS // 2, _LEVELS / (_LEVELS - dropped)
+    rest, kept = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
+    for part, flags, out in _blocks(x, kept, rest):
+        words = stream.random_raw(-(-len(part) // 4)).view(np.int16)
+        torch.ge(torch.from_numpy(words)[: len(part)], dropped - _LEVELS // 2, out=flags)
+        torch.mul(part, flags.to(x.dtype), out=out)
+    return rest, kept, _LEVELS / (_LEVELS - dropped)
+
+
+def keep(x: Tensor, kept: Tensor, scale: float = 1.0) -> Tensor:
+    """`x`, contiguous, times `scale` where `kept`, otherwise 0."""
+    rest = torch.empty_like(x)
+    for part, flags, out in _blocks(x, kept, rest):
+        factor = flags.to(x.dtype)
+        torch.mul(part, factor if scale == 1 else factor.mul_(scale), out=out)
+    return rest
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of flattened contiguous tensors of the same number of elements."""
+    return zip(*(tensor.view(-1).split(_BLOCK) for tensor in tensors), strict=True)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        kept, ctx.scale = draw_kept(x.shape, probability)
+        rest, kept, ctx.scale = drop(x.contiguous(), probability)
         ctx.save_for_backward(kept)
-        return x * kept.to(x.dtype).mul_(ctx.scale)
+        return rest.mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return gradients[0] * kept.to(gradients[0].dtype).mul_(ctx.scale), None
+        return keep(gradients[0].contiguous(), kept, ctx.scale), None
 
 
 class Dropout(nn.Dropout):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from pretrain.objectives.base import full_precision
 
@@ -45,9 +44,8 @@ def squared_error(student: Sides, teacher: Sides, valid: Tensor | None) -> Tenso
     Args:
         student, teacher: of the same H, d may differ. valid: bool (B, L), None where all are.
     """
-    left, right = _together(student, teacher, valid, torch.float32)
-    total: Tensor = _SquaredProduct.apply(left, right, student.left.shape[-1])
-    return total / left.shape[1]
+    total: Tensor = _SquaredDifference.apply(*student, *teacher, valid)
+    return total / student.left.shape[1]
 
 
 def _together(
@@ -68,25 +66,35 @@ def _together(
     return whole[0].masked_fill(padding, 0), whole[1].masked_fill(padding, 0)
 
 
-class _SquaredProduct(torch.autograd.Function):
-    """`||left right^T||_F^2`; only the first `size` columns of both sides get a gradient."""
+class _SquaredDifference(torch.autograd.Function):
+    """The squared Frobenius norm of the difference of two models' scores.
+
+    Keeps that difference, and neither model's scores.
+    """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, size: int) -> Tensor:
-        product = torch.matmul(left, right.transpose(-2, -1))
-        ctx.save_for_backward(left[..., :size], right[..., :size], product)
-        ctx.rest = left.shape[-1] - size
-        return torch.linalg.vector_norm(product).square()
+    def forward(
+        ctx: Any,
+        student_left: Tensor,
+        student_right: Tensor,
+        teacher_left: Tensor,
+        teacher_right: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        student, teacher = Sides(student_left, student_right), Sides(teacher_left, teacher_right)
+        left, right = _together(student, teacher, valid, torch.float32)
+        difference = torch.matmul(left, right.transpose(-2, -1))
+        ctx.save_for_backward(student_left, student_right, difference)
+        return torch.linalg.vector_norm(difference).square()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        left, right, product = ctx.saved_tensors
-        factor = 2 * gradient
-        to_left = torch.matmul(product, right * factor)
-        to_right = torch.matmul(product.transpose(-2, -1), left * factor)
-        rest = (0, ctx.rest)
-        return functional.pad(to_left, rest), functional.pad(to_right, rest), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, difference = ctx.saved_tensors
+        factor = gradient * (2 / math.sqrt(left.shape[-1]))
+        to_left = torch.matmul(difference, right.to(difference.dtype) * factor)
+        to_right = torch.matmul(difference.transpose(-2, -1), left.to(difference.dtype) * factor)
+        return to_left.to(left.dtype), to_right.to(left.dtype), None, None, None
 
 
 def squared_error_lean(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
