@@ -24,14 +24,20 @@ from pretrain.attention import choose_attention
 from pretrain.batches import Batch, make_batch
 from pretrain.config import ObjectiveConfig, ScheduleConfig
 from pretrain.encoder import encode
-from pretrain.features import Feature
+from pretrain.features import Features
 from pretrain.flops import Work, training_flops
 from pretrain.masking import Masking, shard_masking
 from pretrain.models import Encoder, Shape, shape_of
 from pretrain.objectives import build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
 from pretrain.optim import build_optimizer, parameter_groups
-from pretrain.step import Distillation, freeze_unreached, global_counts, seed_dropout
+from pretrain.step import (
+    Distillation,
+    freeze_unreached,
+    global_counts,
+    seed_dropout,
+    with_features,
+)
 from pretrain.student.depth import map_layers
 from pretrain.teacher import Teacher
 
@@ -191,6 +197,7 @@ class BareStep:
         precision: of both models; bf16 keeps float32 copies of the student's weights.
         micro_batch, length: rows of a micro-batch and tokens of a row, at most.
         compile: whether `torch.compile` gets both models and the loss.
+        checkpointing: whether the student's layers are computed again in backward.
         device: where all of it is.
 
     Attributes:
@@ -206,6 +213,7 @@ class BareStep:
         length: int = 128,
         compile: bool = False,
         device: torch.device | None = None,
+        checkpointing: bool = False,
     ) -> None:
         self.device, dtype = device or torch.device("cpu"), DTYPES[precision]
         models = build_models(learning.pair, learning.dropout)
@@ -216,7 +224,7 @@ class BareStep:
         self._work = Work(micro_batch, length, MASKED_SHARE)
         attention = choose_attention("auto", self.device)
         wanted = self.objective.teacher_features()
-        self.module = Distillation(student, teacher.shape, self.objective, attention)
+        self.module = Distillation(student, teacher.shape, self.objective, attention, checkpointing)
         probe = random_batch(learning.pair.vocab, 2, min(length, 16))
         with torch.no_grad():
             features = encode(teacher.model, probe, wanted, attention)
@@ -234,13 +242,7 @@ class BareStep:
     def compile(self, **options: Any) -> None:
         """Compile both models and the loss, with options of `torch.compile`."""
         self.module.compile(**options)
-        forward, teacher = torch.compile(encode, **options), self.teacher
-
-        @torch.no_grad()  # the compiler cannot trace within inference mode
-        def features(batch: Batch) -> dict[Feature, Any]:
-            return forward(teacher.model, batch, teacher.wanted, teacher.attention)
-
-        self.teacher.features = features  # type: ignore[method-assign]
+        self.teacher.compile(**options)
 
     @functools.cached_property
     def flops_per_token(self) -> float:
@@ -255,7 +257,10 @@ class BareStep:
             scale: what each term's sum counts, (terms,); of this batch alone if not given.
         """
         scale = self.scale(batch) if scale is None else scale
-        totals: Tensor = self.module(batch, self.teacher.features(batch))
+        return self._loss(batch, self.teacher.features(batch), scale)
+
+    def _loss(self, batch: Batch, features: Features, scale: Tensor) -> Tensor:
+        totals: Tensor = self.module(batch, features)
         return (totals * scale).sum()
 
     def scale(self, *batches: Batch) -> Tensor:
@@ -267,9 +272,10 @@ class BareStep:
     def step(self, *batches: Batch) -> Tensor:
         """One optimiser update from one or more micro-batches on the device: the loss, detached."""
         scale, total = self.scale(*batches), torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
+        ready = with_features(self.teacher, batches, self.device)
+        for number, (batch, features) in enumerate(ready):
             seed_dropout(0, 0, self._steps, number, 0)
-            loss = self.loss(batch, scale)
+            loss = self._loss(batch, features, scale)
             loss.backward()
             total += loss.detach()
         self.optimizer.step()

@@ -5,8 +5,7 @@ not find (a GPU, a package, a capability) it says by an `InputError`, which beco
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,10 @@ from naive import NaiveStep
 from torch import Tensor
 
 from potstill.errors import InputError
+from pretrain.acceleration import check_fp8, to_fp8
 from pretrain.batches import Batch
 from pretrain.config import ScheduleConfig
-from pretrain.features import Features
 from pretrain.optim import build_optimizer
-from pretrain.step import seed_dropout
 
 Step = Callable[[Batch], Any]
 
@@ -98,16 +96,38 @@ def cuda_graphs(setting: Setting) -> Step:
 
 
 def own_stream(setting: Setting) -> Step:
-    """Compiled, the teacher's forward of the next batch beside the student's step of this one."""
+    """Compiled, the teacher's forward of the next micro-batch beside the student's work.
+
+    A step here is one update from two micro-batches, halves of the batch.
+    """
     setting.need_gpu("a stream of its own")
-    return Pipelined(setting.bare(compile=True)).step
+    bare = setting.bare(compile=True)
+    bare.teacher.stream = torch.cuda.Stream(setting.device)
+    return lambda batch: bare.step(*halves(batch))
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The upper and the lower rows of a batch without padding, of an even number of rows."""
+    parts: dict[str, tuple[Tensor, Tensor]] = {
+        name: getattr(batch, name).tensor_split(2)
+        for name in ("input_ids", "valid", "masked", "labels")
+    }
+    upper, lower = parts["masked"]
+    parts["masked"] = upper, lower - batch.input_ids.numel() // 2
+    counts = {name: count // 2 for name, count in batch.counts.items()}
+    first, second = (
+        replace(batch, counts=counts, **{name: part[side] for name, part in parts.items()})
+        for side in (0, 1)
+    )
+    return first, second
 
 
 def fp8_teacher(setting: Setting) -> Step:
     """Compiled, the teacher's products in FP8."""
     setting.need_gpu("an FP8 teacher")
     bare = setting.bare()
-    bare.teacher.model = quantised(bare.teacher.model)
+    check_fp8(setting.device)
+    to_fp8(bare.teacher.model)
     bare.compile()
     return bare.step
 
@@ -122,34 +142,6 @@ def with_apex(setting: Setting) -> Step:
     """Compiled, with NVIDIA apex's FusedAdam."""
     setting.need_gpu("apex's FusedAdam")
     return with_optimizer(setting.bare(compile=True), "apex").step
-
-
-class Pipelined:
-    """A step whose teacher works ahead, on a stream of its own.
-
-    The teacher's features of a batch are asked for while the student learns from those of the batch
-    before, so the first call only fills the pipe. All calls get the same batch here.
-    """
-
-    def __init__(self, bare: BareStep) -> None:
-        self.bare, self.stream = bare, torch.cuda.Stream()
-        self.ahead: Features | None = None
-        self.steps = 0
-
-    def step(self, batch: Batch) -> None:
-        """One update from the features that are ready, those of the next batch under way."""
-        main = torch.cuda.current_stream()
-        features = self.ahead
-        self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            self.ahead = self.bare.teacher.features(batch)
-        if features is not None:
-            seed_dropout(0, 0, self.steps, 0, 0)
-            (self.bare.module(batch, features) * self.bare.scale(batch)).sum().backward()
-            self.bare.optimizer.step()
-            self.bare.optimizer.zero_grad()
-        main.wait_stream(self.stream)
-        self.steps += 1
 
 
 def with_optimizer(bare: BareStep, kind: str) -> BareStep:
@@ -177,20 +169,6 @@ def _build_optimizer(old: Any, kind: Any) -> Any:
         return build_optimizer(groups, settings, kind)
     except (ImportError, AttributeError) as error:
         raise InputError(f"{kind}: no FusedAdam here ({error}); install {kind}") from error
-
-
-def quantised(model: Any) -> Any:
-    """The model with FP8 products by torchao, in place of those of half precision.
-
-    Raises:
-        InputError: torchao is missing.
-    """
-    try:
-        ao: Any = import_module("torchao.quantization")
-    except ImportError as error:
-        raise InputError(f"FP8 needs torchao ({error}); pip install torchao") from error
-    ao.quantize_(model, ao.Float8DynamicActivationFloat8WeightConfig())
-    return model
 
 
 class Rung(NamedTuple):

@@ -45,7 +45,9 @@ class AccelerationConfig:
         "auto",
     )
     teacher_stream: bool = option(
-        "Let the teacher run ahead by one micro-batch on a CUDA stream of its own.", False
+        "Let the teacher run ahead by one micro-batch on a CUDA stream of its own; it needs "
+        "gradient_accumulation_steps above 1 to have one to run ahead to.",
+        False,
     )
 
     def check(self, device: torch.device, zero_stage: int) -> None:
@@ -62,7 +64,7 @@ class AccelerationConfig:
         if self.fused == "apex":
             _check_apex(device)
         if self.teacher_precision == "fp8":
-            _check_fp8(device)
+            check_fp8(device)
         if self.teacher_stream and device.type != "cuda":
             raise InputError(
                 f"--teacher_stream needs a CUDA device, and this one is {device.type}; leave it out"
@@ -97,7 +99,12 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _check_fp8(device: torch.device) -> None:
+def check_fp8(device: torch.device) -> None:
+    """Refuse an FP8 teacher where the hardware or torchao is missing.
+
+    Raises:
+        InputError: names which.
+    """
     remedy = "take --teacher_precision auto"
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     if not capable:

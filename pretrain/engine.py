@@ -231,6 +231,8 @@ def _live_teacher(plan: Plan, attention: Attention, device: torch.device) -> Tea
         to_fp8(teacher.model)
     if speed.compiles(device, zero_stage(plan.students[0].ds_config)):
         teacher.compile()
+    if speed.teacher_stream:
+        teacher.stream = torch.cuda.Stream(device)
     return teacher
 
 

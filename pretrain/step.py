@@ -207,6 +207,9 @@ def with_features(
     phase: Phase = untimed,
 ) -> Iterator[tuple[Batch, Features]]:
     """Each batch on the device, with the teacher's features of it, when it is asked for."""
+    if teacher is not None and teacher.stream is not None:
+        yield from teacher.ahead(batch.to(device) for batch in batches)
+        return
     for batch in batches:
         with phase("data"):
             on_device = batch.to(device)

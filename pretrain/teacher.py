@@ -1,17 +1,16 @@
 """The live teacher: a frozen source of features, outside the engine."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from potstill.errors import InputError
 from pretrain.attention import Attention
 from pretrain.batches import Batch
 from pretrain.encoder import encode
-from pretrain.features import Feature, depth_needed
+from pretrain.features import Feature, Features, Predictions, depth_needed
 from pretrain.models import Encoder, freeze
 
 
@@ -32,18 +31,48 @@ class Teacher:
     ) -> None:
         self.wanted, self.attention = frozenset(wanted), attention
         self.model = freeze(encoder.model).to(device=device, dtype=dtype)
-        self._encode: Callable[..., dict[Feature, Tensor]] = encode
+        self._encode: Callable[..., Features] = encode
         self._context: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
+        self.stream: torch.cuda.Stream | None = None
 
-    def compile(self) -> None:
-        """Compile its forward pass at the next batch."""
-        # What is compiled for a training step must not hold tensors of inference mode.
-        self._encode, self._context = torch.compile(encode), torch.no_grad
+    def compile(self, **options: Any) -> None:
+        """Compile its forward pass at the next batch, with options of `torch.compile`."""
+        # The compiler cannot trace within inference mode.
+        self._encode, self._context = torch.compile(encode, **options), torch.no_grad
 
-    def features(self, batch: Batch) -> dict[Feature, Tensor]:
+    def features(self, batch: Batch) -> Features:
         """The wanted features of a batch on the teacher's device."""
         with self._context():
             return self._encode(self.model, batch, self.wanted, self.attention)
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Features]]:
+        """Each batch with its features, those of the next one under way on `stream`.
+
+        What the main stream does with a batch runs beside the teacher's work on the next one.
+        """
+        ready: tuple[Batch, Features, torch.cuda.Event] | None = None
+        for batch in batches:
+            under_way = self._start(batch)
+            if ready is not None:
+                yield _wait(*ready)
+            ready = under_way
+        if ready is not None:
+            yield _wait(*ready)
+
+    def _start(self, batch: Batch) -> tuple[Batch, Features, torch.cuda.Event]:
+        assert self.stream is not None, "a teacher that runs ahead needs a stream of its own"
+        self.stream.wait_stream(torch.cuda.current_stream())  # on which the batch is copied
+        with torch.cuda.stream(self.stream):
+            return batch, self.features(batch), self.stream.record_event()
+
+
+def _wait(batch: Batch, features: Features, done: torch.cuda.Event) -> tuple[Batch, Features]:
+    """Let the main stream, not the host, wait for the features of a batch."""
+    main = torch.cuda.current_stream()
+    main.wait_event(done)
+    for value in features.values():  # its memory must not be given away while main reads it
+        (value.hidden if isinstance(value, Predictions) else value).record_stream(main)
+    return batch, features
 
 
 def check_teacher(encoder: Encoder, wanted: Set[Feature], objective: str) -> None:
