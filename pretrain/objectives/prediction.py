@@ -17,6 +17,7 @@ from pretrain.features import Feature, Features, Kind, Predictions
 from pretrain.flops import Cost, Work, head_flops
 from pretrain.models import Shape
 from pretrain.objectives.base import Form, Objective, Unit, full_precision
+from pretrain.objectives.cross_entropy import HardCrossEntropy, SoftCrossEntropy, in_blocks
 
 CHUNK = 2**25
 """Logits of one model that chunked `kd` has in memory at a time: 128 MiB in float32."""
@@ -61,9 +62,12 @@ class MLM(Objective):
         batch: Batch,
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        logits = full_precision(student[Feature("logits", "masked")])
+        logits = student[Feature("logits", "masked")]
+        if in_blocks(logits):
+            total: Tensor = HardCrossEntropy.apply(logits, batch.labels)
+            return total
         return functional.cross_entropy(
-            logits, batch.labels, reduction="sum", ignore_index=NO_LABEL
+            full_precision(logits), batch.labels, reduction="sum", ignore_index=NO_LABEL
         )
 
 
@@ -130,6 +134,9 @@ def soft_cross_entropy(
     Args:
         used: bool (P,), the positions that count; None counts all.
     """
+    if in_blocks(student):
+        total: Tensor = SoftCrossEntropy.apply(student, teacher, temperature, used)
+        return total
     target = (full_precision(teacher) / temperature).softmax(-1)
     log_probabilities = (full_precision(student) / temperature).log_softmax(-1)
     losses = -(target * log_probabilities).sum(-1)
