@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLOCKS, clock_name, machine
+from common import clock_name, machine, quartiles, seconds
 
 from potstill.console import program
 from potstill.files import write_json
@@ -49,18 +49,14 @@ class Row:
 
 def once(attention: Attention, tensors: list[torch.Tensor], backward: bool, drop: float) -> float:
     """Seconds of one call, the device's queue empty before and after."""
-    synchronize = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
-    clock = CLOCKS[clock_name(tensors[0].device)]
-    synchronize()
-    start = clock()
-    if backward:
-        out = attention(tensors[0], tensors[1], tensors[2], None, drop)
-        torch.autograd.grad(out, tensors[:3], tensors[3])
-    else:
-        with torch.inference_mode():
-            attention(tensors[0], tensors[1], tensors[2], None, drop)
-    synchronize()
-    return clock() - start
+
+    def act() -> None:
+        with torch.inference_mode(not backward):
+            out = attention(tensors[0], tensors[1], tensors[2], None, drop)
+        if backward:
+            torch.autograd.grad(out, tensors[:3], tensors[3])
+
+    return seconds(act, tensors[0].device, clock_name(tensors[0].device))
 
 
 def measure(
@@ -78,7 +74,7 @@ def measure(
     call(plain_attention)  # warm-up
     call(sdpa_attention)
     pairs = [(call(plain_attention), call(sdpa_attention)) for _ in range(turns)]
-    low, middle, high = statistics.quantiles([fused / plain for plain, fused in pairs], n=4)
+    ratio = quartiles(fused / plain for plain, fused in pairs)
     return Row(
         heads=shape[1],
         head_size=shape[3],
@@ -86,9 +82,9 @@ def measure(
         use=use,
         plain_ms=1e3 * statistics.median(plain for plain, _ in pairs),
         fused_ms=1e3 * statistics.median(fused for _, fused in pairs),
-        ratio=middle,
-        ratio_low=low,
-        ratio_high=high,
+        ratio=ratio["median"],
+        ratio_low=ratio["low"],
+        ratio_high=ratio["high"],
     )
 
 

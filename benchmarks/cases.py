@@ -111,14 +111,15 @@ def chosen_cases(options: Namespace) -> list[Case]:
     Raises:
         InputError: there is none.
     """
-    found = [case for case in CASES if options.only in case.name]
+    there = [case for case in CASES if not options.tiny or case.pair == SMALL]
+    found = [case for case in there if options.only in case.name]
     if not found:
-        names = ", ".join(case.name for case in CASES)
+        names = ", ".join(case.name for case in there)
         raise InputError(f"--only {options.only!r} is in no case's name; those are: {names}")
     if not options.tiny:
         return found
     options.length, options.batch = 16, 2
-    return [replace(case, pair=TINY) for case in found if case.pair == SMALL]
+    return [replace(case, pair=TINY) for case in found]
 
 
 def rival_of(case: Case, options: Namespace) -> Rival:
@@ -133,13 +134,23 @@ def rival_of(case: Case, options: Namespace) -> Rival:
 
 
 def variants(
-    case: Case, rival: Rival, options: Namespace, compiled: bool, device: torch.device
+    case: Case,
+    rival: Rival,
+    options: Namespace,
+    device: torch.device,
+    more: Mapping[str, Mapping[str, bool]],
 ) -> dict[str, Callable[[], Step]]:
-    """What builds each step of a case, by name: ours and the rival's, each in two precisions."""
+    """What builds each step of a case, by name: ours and the rival's, each in two precisions.
+
+    Args:
+        more: further steps of ours in bfloat16, by name, with what they are told.
+    """
     learning = case.learning(options.dropout)
 
-    def ours(precision: Precision, compile: bool = False) -> Step:
-        return BareStep(learning, precision, options.batch, options.length, compile, device)
+    def ours(precision: Precision, **settings: bool) -> Step:
+        return BareStep(
+            learning, precision, options.batch, options.length, device=device, **settings
+        )
 
     built: dict[str, Callable[[], Step]] = {
         f"{rival.name} fp32": partial(rival.build, learning, False, device),
@@ -147,9 +158,7 @@ def variants(
         "ours fp32": partial(ours, "fp32"),
         "ours bf16": partial(ours, "bf16"),
     }
-    if compiled:
-        built["ours bf16 compiled"] = partial(ours, "bf16", True)
-    return built
+    return built | {name: partial(ours, "bf16", **settings) for name, settings in more.items()}
 
 
 def agree(case: Case, rival: Rival, length: int, device: torch.device) -> float:

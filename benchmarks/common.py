@@ -4,16 +4,18 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from potstill.files import write_json, write_text
 from pretrain.environment import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,33 @@ def clock_name(device: torch.device) -> str:
     """The clock that fits: other programs hardly touch the CPU time of a lone thread."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return "process CPU time" if alone else "wall"
+
+
+def seconds(act: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+    """Seconds of a call by one of `CLOCKS`, the device's queue empty before and after."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    now = CLOCKS[clock]
+    synchronize()
+    start = now()
+    act()
+    synchronize()
+    return now() - start
+
+
+def quartiles(values: Iterable[float], unit: float = 1.0) -> dict[str, float]:
+    """The median, and the first and third quartile of two values or more, in a unit.
+
+    None of them lies outside the values, however few there are.
+    """
+    scaled = [value * unit for value in values]
+    low, median, high = statistics.quantiles(scaled, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def write_report(path: Path, report: Any, text: str) -> None:
+    """Figures as JSON, and their table beside it as .md."""
+    write_json(path, report)
+    write_text(path.with_suffix(".md"), text)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from common import (
     shard,
     without,
     write_ds_config,
+    write_report,
 )
 from matplotlib.figure import Figure
 
-from potstill.files import write_json, write_text
+from potstill.files import write_json
 
 LAYERS, HIDDEN, HEADS, FFN = 3, 192, 12, 768
 STARTS = {"etd-impt": "ETD-Impt", "etd-rand": "ETD-Rand", "random": "random weights"}
@@ -186,8 +187,7 @@ def main() -> None:
         "extraction": extraction,
         "environment": without(folders[0] / "students" / "random" / "environment.json", "command"),
     }
-    write_json(chosen.results / "extraction-study.json", report)
-    write_text(chosen.results / "extraction-study.md", table(found) + "\n")
+    write_report(chosen.results / "extraction-study.json", report, table(found) + "\n")
     draw(curves, chosen.images / "extraction-study.svg")
     print(json.dumps(report) if chosen.json else table(found))
 

@@ -18,10 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import DATA, RESULTS, execute, packaged_teacher
+from common import DATA, RESULTS, execute, packaged_teacher, write_report
 
 from finetune.results import read_result
-from potstill.files import write_json, write_text
 
 SETTINGS: dict[str, list[str]] = {
     "sst2": ["--lr", "5e-5", "--batch_size", "32", "--epochs", "1", "--max_train_rows", "20000"],
@@ -120,8 +119,7 @@ def main() -> None:
         }
         results = {name: {task: pending[name, task].result() for task in tasks} for name in models}
     report = {"date": datetime.now(UTC).date().isoformat(), "results": results}
-    write_json(chosen.results / "finetune-study.json", report)
-    write_text(chosen.results / "finetune-study.md", table(results) + "\n")
+    write_report(chosen.results / "finetune-study.json", report, table(results) + "\n")
     print(json.dumps(report) if chosen.json else table(results))
 
 

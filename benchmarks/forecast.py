@@ -12,18 +12,32 @@ measurements. `docs/scale.md` has the formula in words, and what it assumes.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from common import write_report
 from scale_model import Cluster, Link, Row, Work, forecasts
 
 from potstill.console import program
 from potstill.errors import InputError
-from potstill.files import write_json, write_text
 
 DEVICES = "1,2,8,16,32,64,128,256,512,1024"
+MEASURED = {
+    "trained": None,
+    "backward_share": 0.4,
+    "node": 8,
+    "inside_gigabytes": 450.0,
+    "inside_microseconds": 3.0,
+}
+"""What `--measured` knows, and what stands for it without."""
+POSITIVE = (
+    *("bucket", "global_batch", "length", "tokens", "node", "gradient_bytes", "parameter_bytes"),
+    *("inside_gigabytes", "between_gigabytes"),
+)
+NEEDED = ("points", "trained", "backward_share", "link", "ranks")
 
 
 def parse_points(text: str) -> tuple[tuple[int, float], ...]:
@@ -60,24 +74,59 @@ def read_measured(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())["model"]
+        found["link"] = Link(**found["link"])
+        found["points"] = tuple((int(rows), float(seconds)) for rows, seconds in found["points"])
+        return {name: found[name] for name in NEEDED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--measured {path}: no figures for the formula there ({error!r}); make them with "
             "benchmarks/scaling.py --json"
         ) from error
-    return dict(found)
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuse what does not go together, such as what `--measured` would override.
+
+    Fills in what stands for flags of `MEASURED` that are not given.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if bool(options.measured) == bool(options.step_seconds):
+        raise InputError(
+            "give either --measured FILE, or --step_seconds with --trained: one device's times"
+        )
+    for name, default in MEASURED.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.measured:
+            raise InputError(f"--{name}: --measured {options.measured} has its own; leave it out")
+    if not (options.measured or options.trained):
+        raise InputError("--trained is missing: how many numbers of the student have a gradient")
+    check_numbers(options)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers that the formula cannot take.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name in POSITIVE:
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(f"--{name} {getattr(options, name)} must be positive and finite")
+    for name in ("inside_microseconds", "between_microseconds", "backward_share", "trained"):
+        if not 0 <= (getattr(options, name) or 0) < math.inf:
+            raise InputError(f"--{name} {getattr(options, name)} must not be negative")
 
 
 def gather_inputs(options: argparse.Namespace) -> tuple[Work, Cluster]:
     """What the formula is fed, from the flags and from the file that `--measured` names.
 
     Raises:
-        InputError: neither or both ways of giving step times.
+        InputError: flags that do not go together, or a file of another program.
     """
-    if bool(options.measured) == bool(options.step_seconds):
-        raise InputError(
-            "give either --measured FILE, or --step_seconds with --trained: one device's times"
-        )
+    check_flags(options)
     names = {part.name for part in fields(Work)} - {"points"}
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     inside = Link(1e9 * options.inside_gigabytes, 1e-6 * options.inside_microseconds)
@@ -85,10 +134,7 @@ def gather_inputs(options: argparse.Namespace) -> tuple[Work, Cluster]:
     if options.measured:
         found = read_measured(options.measured)
         given |= {name: found[name] for name in ("trained", "backward_share")}
-        work = Work(tuple((int(r), float(s)) for r, s in found["points"]), **given)
-        return work, Cluster(Link(**found["link"]), between, int(found["ranks"]))
-    if not options.trained:
-        raise InputError("--trained is missing: how many numbers of the student have a gradient")
+        return Work(found["points"], **given), Cluster(found["link"], between, int(found["ranks"]))
     return Work(parse_points(options.step_seconds), **given), Cluster(inside, between, options.node)
 
 
@@ -143,14 +189,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO")
     add("--bucket", type=lambda text: int(float(text)), default=500_000_000, help="numbers in one")
     add("--overlap", action="store_true", help="exchange during the backward pass (overlap_comm)")
-    add("--backward_share", type=float, default=0.4, help="of the student's backward in a step")
+    add("--backward_share", type=float, help="of the student's backward in a step (default: 0.4)")
     add("--global_batch", type=int, default=1024, help="rows of a step")
     add("--length", type=int, default=128, help="tokens of a row")
     add("--tokens", type=float, default=13.1e9, help="of the whole run")
     add("--devices", default=DEVICES)
-    add("--node", type=int, default=8, help="devices of a node")
-    add("--inside_gigabytes", type=float, default=450, help="a second, within a node")
-    add("--inside_microseconds", type=float, default=3, help="latency of a message there")
+    add("--node", type=int, help="devices of a node (default: 8)")
+    add("--inside_gigabytes", type=float, help="a second, within a node (default: 450)")
+    add("--inside_microseconds", type=float, help="latency of a message there (default: 3)")
     add("--between_gigabytes", type=float, default=50, help="a second, between nodes, per device")
     add("--between_microseconds", type=float, default=10, help="latency of a message there")
     add("--floor", type=float, default=0.5, help="efficiency that still makes sense")
@@ -172,8 +218,7 @@ def main() -> None:
     if options.json:
         rows = {name: [asdict(row) for row in plan] for name, plan in plans.items()}
         inputs = {"work": asdict(work), "cluster": asdict(cluster), "floor": options.floor}
-        write_json(options.json, {**inputs, **rows})
-        write_text(options.json.with_suffix(".md"), text)
+        write_report(options.json, {**inputs, **rows}, text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpu_rungs import RUNGS
+
 COLUMNS = (
     "| objective | rung | what | rows | ms a step (quartiles) | tokens/s | MFU | memory, GiB |"
 )
@@ -25,26 +27,32 @@ def tables(figures: Mapping[str, Any]) -> str:
         lines.append(f"| {row['product']} | {shape} | {speed / 1e12:,.2f} | {share:.0%} |")
     for part in ("rungs", "sweep"):
         lines += ["", *_steps(figures[part])]
-    lines += ["", "| kernel | ms | share | calls |", "|---|---:|---:|---:|"]
+    lines += ["", "| rung | kernel | ms | share | calls |", "|---|---|---:|---:|---:|"]
     for row in figures["kernels"]:
         if "reason" in row:
-            lines.append(f"| {row['reason']} | | | |")
+            lines.append(f"| {row['rung']} | {_cell(row['reason'])} | | | |")
             continue
-        name = row["kernel"].replace("|", "\\|")
-        lines.append(f"| `{name}` | {row['ms']:.2f} | {row['share']:.0%} | {row['calls']} |")
+        start = f"| {row['rung']} | `{_cell(row['kernel'])}` "
+        lines.append(f"{start}| {row['ms']:.2f} | {row['share']:.0%} | {row['calls']} |")
     return "\n".join(lines) + "\n"
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of steps, one below another; what did not run says why."""
+    """A table of steps, case by case and rung by rung; what did not run says why."""
     lines = [COLUMNS, "|---|---|---|---:|---:|---:|---:|---:|"]
-    for row in rows:
+    cases = list(dict.fromkeys((row["pair"], row["objective"]) for row in rows))
+    rungs = list(RUNGS)
+
+    def place(row: Mapping[str, Any]) -> tuple[int, int, int]:
+        case = cases.index((row["pair"], row["objective"]))
+        return case, rungs.index(row["rung"]), row["rows"]
+
+    for row in sorted(rows, key=place):
         start = (
             f"| {row['objective']} {row['pair']} | {row['rung']} | {row['what']} | {row['rows']} "
         )
         if "reason" in row:
-            reason = row["reason"].replace("|", "\\|")
-            lines.append(f"{start}| {reason} | | | |")
+            lines.append(f"{start}| {_cell(row['reason'])} | | | |")
             continue
         spread = f"{1e3 * row['seconds']:,.1f} ({1e3 * row['low']:,.1f}–{1e3 * row['high']:,.1f})"
         memory = f"{row['memory_bytes'] / 2**30:.1f}" if row["memory_bytes"] else "not counted"
@@ -52,3 +60,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{start}| {spread} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {memory} |"
         )
     return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -14,7 +14,7 @@ from naive import NaiveStep
 from torch import Tensor
 
 from potstill.errors import InputError
-from pretrain.acceleration import check_fp8, to_fp8
+from pretrain.acceleration import check_fp8
 from pretrain.batches import Batch
 from pretrain.config import ScheduleConfig
 from pretrain.optim import build_optimizer
@@ -126,8 +126,8 @@ def fp8_teacher(setting: Setting) -> Step:
     """Compiled, the teacher's products in FP8."""
     setting.need_gpu("an FP8 teacher")
     bare = setting.bare()
-    check_fp8(setting.device)
-    to_fp8(bare.teacher.model)
+    check_fp8(setting.device, torch.bfloat16)
+    bare.teacher.quantize()
     bare.compile()
     return bare.step
 
@@ -190,6 +190,6 @@ RUNGS: Mapping[str, Rung] = {
     "cuda-graphs": Rung(cuda_graphs, "+ CUDA graphs"),
     "own-stream": Rung(own_stream, "compile, teacher on its own stream"),
     "fp8-teacher": Rung(fp8_teacher, "compile, FP8 teacher (torchao)"),
-    "deepspeed-adam": Rung(with_deepspeed, "compile, DeepSpeed's FusedAdam"),
     "apex-adam": Rung(with_apex, "compile, apex's FusedAdam"),
+    "deepspeed-adam": Rung(with_deepspeed, "compile, DeepSpeed's FusedAdam"),
 }

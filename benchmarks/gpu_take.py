@@ -3,29 +3,36 @@
 A kernel that fails leaves a GPU's context unusable, and a compiler that fails can leave PyTorch so;
 neither may spoil the rungs behind it. The processes are forked from a server that has imported
 PyTorch, but not touched the device, so that starting one takes no more than opening the device.
+Each leads a group of its own, which is killed with it: an nvcc that runs on would slow the next
+rung. What one builds in PyTorch's extension folder goes, too, since a build that was killed leaves
+a lock there, at which the next one would wait for ever.
 """
 
 import multiprocessing
-import statistics
-import time
+import os
+import signal
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from bare_step import MASKED_SHARE, random_batch
+from common import quartiles, seconds
 from gpu_rungs import RUNGS, Setting, Step
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.flops import Work, training_flops
 from pretrain.models import Shape
-from pretrain.peak import measure_peak
+from pretrain.peak import measure_peak, product_speed
 
 WARM_UP = 3
 KERNELS = 12
-PRELOADED = ["torch._dynamo", "transformers.models.bert.modeling_bert", "pretrain.step"]
+PRELOADED = ["torch._dynamo", "transformers.models.bert.modeling_bert", "gpu_rungs"]
 """What takes seconds to import, and does not touch the device."""
 Found = Mapping[str, Any]
 """Figures, or under `reason` why there are none."""
@@ -35,27 +42,37 @@ def isolated(limit: float, act: Callable[..., Found], *arguments: Any) -> Found:
     """What an act gives in a process of its own, or why it gave nothing.
 
     Args:
-        limit: seconds, after which the process is killed.
+        limit: seconds, after which the process is killed with all that it has started.
     """
+    # otherwise a library that asks for a GPU opens the device in the server, which forks then
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(send, act, arguments))
-    process.start()
-    send.close()
-    try:
-        if not receive.poll(limit):
-            return {"reason": f"took longer than {limit:.0f} s"}
-        return dict(receive.recv())
-    except EOFError:
-        process.join()
-        return {"reason": f"its process ended with status {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
+    # what dies while its files go may still add one
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as extensions:
+        process = context.Process(target=_call, args=(send, extensions, act, arguments))
+        process.start()
+        send.close()
+        try:
+            if not receive.poll(limit):
+                return {"reason": f"took longer than {limit:.0f} s"}
+            return dict(receive.recv())
+        except EOFError:
+            process.join()
+            return {"reason": f"its process ended with status {process.exitcode}"}
+        finally:
+            with suppress(ProcessLookupError):  # no group yet, or nobody left in it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
 
 
-def _call(send: Connection, act: Callable[..., Found], arguments: tuple[Any, ...]) -> None:
+def _call(
+    send: Connection, extensions: str, act: Callable[..., Found], arguments: tuple[Any, ...]
+) -> None:
+    os.setsid()
+    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
     try:
         found = act(*arguments)
     except InputError as error:
@@ -66,23 +83,13 @@ def _call(send: Connection, act: Callable[..., Found], arguments: tuple[Any, ...
     send.send(dict(found))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(act: Callable[[], Any], wanted: float, device: torch.device) -> list[float]:
     """Seconds of each of several calls after a warm-up: at least three, `wanted` in all."""
     for _ in range(WARM_UP):
         act()
     found: list[float] = []
     while len(found) < 3 or sum(found) < wanted:
-        synchronize(device)
-        start = time.perf_counter()
-        act()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
+        found.append(seconds(act, device))
     return found
 
 
@@ -92,20 +99,19 @@ def build(setting: Setting, name: str) -> tuple[Step, Batch]:
     return RUNGS[name].build(setting), batch.to(setting.device)
 
 
-def take_step(setting: Setting, name: str, seconds: float) -> Found:
-    """Seconds of a step of a rung, its speed, and the most memory that tensors took.
+def take_step(setting: Setting, name: str, wanted: float) -> Found:
+    """Seconds of a step of a rung over `wanted` seconds, its speed, and the most tensor memory.
 
     `needed_flops_per_second` counts what the objective needs, whatever the rung computes.
     """
     step, batch = build(setting, name)
-    low, middle, high = statistics.quantiles(
-        found := timed(lambda: step(batch), seconds, setting.device), n=4
-    )
-    speed, gpu = setting.rows * setting.length / middle, setting.device.type == "cuda"
+    found = timed(lambda: step(batch), wanted, setting.device)
+    spread, gpu = quartiles(found), setting.device.type == "cuda"
+    speed = setting.rows * setting.length / spread["median"]
     return {
-        "seconds": middle,
-        "low": low,
-        "high": high,
+        "seconds": spread["median"],
+        "low": spread["low"],
+        "high": spread["high"],
         "steps": len(found),
         "tokens_per_second": speed,
         "needed_flops_per_second": speed * needed_flops(setting),
@@ -125,7 +131,7 @@ def needed_flops(setting: Setting) -> float:
     return float(training_flops(objective, student, teacher, work))
 
 
-def take_gemms(setting: Setting, seconds: float) -> Found:
+def take_gemms(setting: Setting, wanted: float) -> Found:
     """bf16 products at the shapes of a teacher's layer and of its head, and of large squares."""
     tokens, width = setting.rows * setting.length, setting.learning.pair.teacher[1]
     shapes = {
@@ -135,13 +141,9 @@ def take_gemms(setting: Setting, seconds: float) -> Found:
         "MLM head": (max(1, round(MASKED_SHARE * tokens)), width, setting.learning.pair.vocab),
     }
     rows = []
-    for name, (m, k, n) in shapes.items():
-        left = torch.randn(m, k, device=setting.device, dtype=torch.bfloat16)
-        right = torch.randn(k, n, device=setting.device, dtype=torch.bfloat16)
-        middle = statistics.median(timed(lambda: left @ right, seconds, setting.device))  # noqa: B023
-        rows.append(
-            {"product": name, "shape": [m, k, n], "flops_per_second": 2 * m * k * n / middle}
-        )
+    for name, shape in shapes.items():
+        speed = product_speed(shape, setting.device, torch.bfloat16, wanted)
+        rows.append({"product": name, "shape": list(shape), "flops_per_second": speed})
     return {"products": rows, "large_squares": measure_peak(setting.device, torch.bfloat16)}
 
 
@@ -153,14 +155,18 @@ def take_profile(setting: Setting, name: str) -> Found:
     gpu = setting.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as seen:
-        step(batch)
-        synchronize(setting.device)
+        seconds(lambda: step(batch), setting.device)
     field = "self_device_time_total" if gpu else "self_cpu_time_total"
-    times = sorted(((getattr(e, field), e.key, e.count) for e in seen.key_averages()), reverse=True)
+    events = [e for e in seen.key_averages() if not gpu or is_kernel(e)]
+    times = sorted(((getattr(e, field), e.key, e.count) for e in events), reverse=True)
     total = sum(spent for spent, *_ in times)
-    return {
-        "kernels": [
-            {"kernel": key[:100], "ms": spent / 1e3, "share": spent / total, "calls": count}
-            for spent, key, count in times[:KERNELS]
-        ]
-    }
+    rows = [
+        {"kernel": key[:100], "ms": spent / 1e3, "share": spent / total, "calls": count}
+        for spent, key, count in times[:KERNELS]
+    ]
+    return {"kernels": [{"rung": name, **row} for row in rows]}
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether an average is of work on a GPU: what launches it has the same device time."""
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation

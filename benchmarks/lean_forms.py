@@ -16,18 +16,16 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import machine, seconds, write_report
 from torch import Tensor, nn
 
 from potstill.console import program
-from potstill.files import write_json, write_text
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Predictions
 from pretrain.objectives import LayerPair, Settings, build_objective
@@ -109,16 +107,6 @@ def build(
     if name == "kd":
         return kd_step(form, size, dtype, device)  # type: ignore[no-any-return]
     return relation_step(name, form, size, dtype, device)  # type: ignore[no-any-return]
-
-
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -213,8 +201,7 @@ def main() -> None:
         for precision in PRECISIONS
     ]
     report = {"machine": machine(device), "turns": options.turns, "rows": rows}
-    write_json(options.results / f"lean-forms-{device.type}.json", report)
-    write_text(options.results / f"lean-forms-{device.type}.md", table(rows) + "\n")
+    write_report(options.results / f"lean-forms-{device.type}.json", report, table(rows) + "\n")
     print(json.dumps(report) if options.json else table(rows))
 
 

@@ -6,17 +6,19 @@ Rows of 128 real tokens: a corpus is sharded by the real program and repeated to
 temporary folder (1 GiB at the default). Measured in turns, each for a part of a second, as
 micro-batches of several sizes: our loader in process and with 1 and 2 workers, with and without
 masks, and with whole words. Beside it, in process, what others use: Hugging Face's collator on rows
-that are in memory, and single random rows of a gzip HDF5 file, as its scripts write it. Then the
-conversion of that file, and the order of rows on a cold page cache: rows/s and bytes read from disk
-over one mixing window, shuffled blocks against single random rows.
+that are in memory; a gzip HDF5 file as NVIDIA's data set class takes it, loaded as a whole and then
+indexed, with and without the time to load it; and single random rows of that file, which those
+scripts avoid. Then the conversion of that file, and the order of rows on a cold page cache: rows/s
+and bytes read from disk over one mixing window, shuffled blocks against single random rows, in
+turns; what came from memory all the same (a file system in memory, pages in use) is marked.
 
-About 4 minutes on two cores. Medians with quartiles. What runs in this process alone is measured
+About 5 minutes on two cores. Medians with quartiles. What runs in this process alone is measured
 in its CPU time, which other programs hardly touch; workers, conversion and disk by the wall clock.
 """
 
 import argparse
+import itertools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +30,9 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from common import DATA, machine
+from common import DATA, machine, quartiles, write_report
 from common import shard as shard_corpus
+from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shard import parse
 from data_prep.shard import shard as run_sharder
@@ -46,14 +49,24 @@ from data_prep.shard_format import (
 )
 from data_prep.tokenization import load_tokenizer
 from potstill.console import program, progress
-from potstill.files import sha256_of, write_bytes, write_json, write_text
+from potstill.errors import InputError
+from potstill.files import sha256_of, write_bytes
 from pretrain.batches import Slices, TrainingBatches, training_batches
 from pretrain.masking import Masking, shard_masking
 from pretrain.order import BLOCK, WINDOW, Order
 
+OLDER_DATASETS = (
+    "input_ids",
+    "input_mask",
+    "segment_ids",
+    "masked_lm_positions",
+    "masked_lm_ids",
+)
 SHARD_ROWS, OLDER_ROWS, SLOTS = 65_536, 32_768, 20
 OURS, IN_PROCESS = "ours", "in process"
 READY = 8192  # rows, more than two workers have ready
+COLD_TURNS = 3
+NOT_COLD = " (NOT cold: the rows came from memory)"
 Take = Callable[[], int]
 """Takes one batch and says how many rows it has."""
 
@@ -140,8 +153,40 @@ def collator(source: Path, batch: int) -> Take:
     return lambda: len(collate([rows[n] for n in draw.integers(0, len(rows), batch)])["labels"])
 
 
+class WholeFile(Dataset[tuple[torch.Tensor, ...]]):
+    """An older file in memory, a row an item: what NVIDIA's data set class does with it."""
+
+    def __init__(self, path: Path) -> None:
+        with h5py.File(path, "r") as file:
+            self._arrays = [file[name][:] for name in OLDER_DATASETS]
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...]:
+        """Ids, mask, segments and labels, -1 where nothing was masked: int64 (L,) each."""
+        row = [torch.from_numpy(array[number].astype(np.int64)) for array in self._arrays]
+        ids, mask, segments, positions, masked = row
+        used = int(positions.count_nonzero())
+        labels = torch.full_like(ids, -1)
+        labels[positions[:used]] = masked[:used]
+        return ids, mask, segments, labels
+
+
+def whole_file(path: Path, batch: int) -> Take:
+    """Micro-batches of a file that is in memory already."""
+    loader = DataLoader(WholeFile(path), batch, shuffle=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return lambda: len(next(batches)[0])
+
+
+def loaded_file(path: Path, batch: int) -> Take:
+    """Loads the file and gives every row once, all in one call: each file's share of an epoch."""
+    return lambda: sum(len(one[0]) for one in DataLoader(WholeFile(path), batch, shuffle=True))
+
+
 def gzip_rows(path: Path, batch: int) -> Take:
-    """Single random rows of all datasets, as a data set class over such a file reads them."""
+    """Single random rows of all datasets, straight from the compressed file."""
     file = h5py.File(path, "r")
     datasets, draw = list(file.values()), np.random.default_rng(0)
 
@@ -174,8 +219,12 @@ def cases(
     largest = max(batches)
     hugging_face = partial(collator, source, largest)
     yield Case("HF collator", IN_PROCESS, "15 % tokens", largest), hugging_face
-    stored = partial(gzip_rows, older, 32)
-    yield Case("gzip HDF5, random rows", IN_PROCESS, "stored", 32), stored
+    for name, take in (
+        ("gzip HDF5, whole file in memory, as NVIDIA's", whole_file),
+        ("the same, the file's loading included", loaded_file),
+        ("gzip HDF5, random rows of the file (not how those scripts read)", gzip_rows),
+    ):
+        yield Case(name, IN_PROCESS, "stored", 32), partial(take, older, 32)
 
 
 def rate(case: Case, take: Take, seconds: float) -> float:
@@ -200,13 +249,7 @@ def measure(
             for case, make in made:
                 rates[case].append(rate(case, make(), seconds))
                 bar.update()
-    return [vars(case) | spread(found) for case, found in rates.items()]
-
-
-def spread(rates: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
-    return {"rows_per_second": middle, "quartile_1": low, "quartile_3": high}
+    return [vars(case) | {"rows_per_second": quartiles(found)} for case, found in rates.items()]
 
 
 def conversion(source: Path, older: Path, folder: Path, turns: int) -> dict[str, Any]:
@@ -219,11 +262,38 @@ def conversion(source: Path, older: Path, folder: Path, turns: int) -> dict[str,
         run_sharder(parse(command))
         with h5py.File(older) as file:
             rates.append(len(file["input_ids"]) / (time.perf_counter() - start))
-    return vars(Case(OURS, "conversion of gzip HDF5", "undone", OLDER_ROWS)) | spread(rates)
+    case = Case(OURS, "conversion of gzip HDF5", "undone", OLDER_ROWS)
+    return vars(case) | {"rows_per_second": quartiles(rates)}
 
 
-def cold(folder: Path, blocks: bool, batch: int = 1024) -> dict[str, Any]:
-    """Reading the rows of one window's length, from a page cache without these shards."""
+def cold(folder: Path) -> list[dict[str, Any]]:
+    """Shuffled blocks and single random rows, in turns."""
+    orders = {
+        f"blocks of {BLOCK}, {WINDOW:,} mixed": True,
+        "single random rows": False,
+    }
+    runs = [
+        {name: cold_run(folder, blocks) for name, blocks in orders.items()}
+        for _ in range(COLD_TURNS)
+    ]
+    return [
+        {
+            "order": name,
+            "rows_per_second": quartiles(turn[name]["rows_per_second"] for turn in runs),
+            "bytes_read_per_row": quartiles(turn[name]["bytes_read_per_row"] for turn in runs),
+            "rows": runs[0][name]["rows"],
+            "from_disk": all(turn[name]["from_disk"] for turn in runs),
+        }
+        for name in orders
+    ]
+
+
+def cold_run(folder: Path, blocks: bool, batch: int = 1024) -> dict[str, Any]:
+    """Reading the rows of one window's length, from a page cache without these shards.
+
+    `from_disk` is false where less than half of these rows' bytes was read from a disk: in a file
+    system in memory, or where pages stayed because another process has them mapped.
+    """
     reader = ShardReader(folder, TRAIN)
     count = min(reader.rows, BLOCK * WINDOW)
     order = Order(reader.rows, 0, reader.expect)
@@ -236,11 +306,12 @@ def cold(folder: Path, blocks: bool, batch: int = 1024) -> dict[str, Any]:
         places = np.arange(first, min(first + batch, count))
         reader.read(order(places)[1] if blocks else scattered[places])
     seconds, read = time.perf_counter() - start, disk_bytes() - read
+    row_bytes = reader.seq_length * token_dtype(read_manifest(folder).vocab_size).itemsize
     return {
-        "order": f"blocks of {BLOCK}, {WINDOW:,} mixed" if blocks else "single random rows",
+        "rows": count,
         "rows_per_second": count / seconds,
-        "mebibytes_read": read / 2**20,
         "bytes_read_per_row": read / count,
+        "from_disk": read >= 0.5 * count * row_bytes,
     }
 
 
@@ -248,6 +319,11 @@ def disk_bytes() -> int:
     """Bytes that this process has made the disk read."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def told(found: dict[str, float]) -> str:
+    """Two cells: the median, and the quartiles."""
+    return f"{found['median']:,.0f} | {found['low']:,.0f}–{found['high']:,.0f}"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -258,17 +334,17 @@ def table(report: dict[str, Any]) -> str:
     ]
     lines += [
         f"| {r['loader']} | {r['where']} | {r['masks']} | {r['batch']:,} "
-        f"| {r['rows_per_second']:,.0f} | {r['quartile_1']:,.0f}–{r['quartile_3']:,.0f} |"
+        f"| {told(r['rows_per_second'])} |"
         for r in report["rows"]
     ]
     lines += [
         "",
-        "| order, on a cold page cache | rows/s | MiB read | bytes read per row |",
-        "|---|---:|---:|---:|",
+        "| order, on a cold page cache | rows/s | quartiles | bytes read per row | quartiles |",
+        "|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {r['order']} | {r['rows_per_second']:,.0f} | {r['mebibytes_read']:,.0f} "
-        f"| {r['bytes_read_per_row']:,.0f} |"
+        f"| {r['order']}{'' if r['from_disk'] else NOT_COLD} "
+        f"| {told(r['rows_per_second'])} | {told(r['bytes_read_per_row'])} |"
         for r in report["cold"]
     ]
     held = f"{report['bytes_per_token']:.3f} bytes per token"
@@ -286,10 +362,12 @@ def main() -> None:
     add("--tokenizer", type=Path, default=DATA / "vocab" / "bert-base-uncased")
     add("--rows", type=int, default=2**22, help="training rows, repeated (default: 4,194,304)")
     add("--batches", type=int, nargs="+", default=[32, 256, 1024], help="rows of a micro-batch")
-    add("--turns", type=int, default=5)
+    add("--turns", type=int, default=5, help="2 or more, because one has no spread (default: 5)")
     add("--seconds", type=float, default=1.0, help="of one measurement")
     add("--json", type=Path, help="write the numbers there, and the table beside it as .md")
     options = parser.parse_args()
+    if options.turns < 2:
+        raise InputError(f"--turns is {options.turns}, and one turn has no spread; give 2 or more")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -303,11 +381,10 @@ def main() -> None:
             "settings": {n: getattr(options, n) for n in ("rows", "turns", "seconds")},
             "bytes_per_token": bytes_per_token(source),
             "rows": [*found, conversion(source, older, folder, options.turns)],
-            "cold": [cold(rows, blocks) for blocks in (True, False)],
+            "cold": cold(rows),
         }
     if options.json:
-        write_json(options.json, report)
-        write_text(options.json.with_suffix(".md"), table(report) + "\n")
+        write_report(options.json, report, table(report) + "\n")
     print(table(report))
 
 

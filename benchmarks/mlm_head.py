@@ -22,9 +22,8 @@ from common import (
     shard,
     without,
     write_ds_config,
+    write_report,
 )
-
-from potstill.files import write_json, write_text
 
 WAYS = {"frozen": ["--freeze", "encoder", "--lr", "1e-3"], "whole": ["--lr", "3e-4"]}
 ROWS = 128  # a step: 16,384 tokens
@@ -73,8 +72,7 @@ def main() -> None:
     head = ["| trained | held-out MLM loss before | after | tokens | seconds |"]
     head.append("|---|---:|---:|---:|---:|")
     text = "\n".join(head + rows) + "\n"
-    write_json(chosen.results / "mlm-head.json", report)
-    write_text(chosen.results / "mlm-head.md", text)
+    write_report(chosen.results / "mlm-head.json", report, text)
     print(json.dumps(report) if chosen.json else text)
 
 

@@ -22,11 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, RESULTS, ROOT, execute, launch, metrics, shard, without, write_ds_config
+from common import (
+    DATA,
+    RESULTS,
+    ROOT,
+    execute,
+    launch,
+    metrics,
+    shard,
+    without,
+    write_ds_config,
+    write_report,
+)
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from finetune.results import read_result
-from potstill.files import whole_folder, write_json, write_text
+from potstill.files import whole_folder, write_json
 
 PAPER = {  # ACL 2023, Table 2: RTE accuracy, MRPC F1, CoLA Matthews; average over seven tasks
     "vanilla-kd": (61.0, 86.5, 54.4, 79.3),
@@ -210,8 +221,7 @@ def main() -> None:
             distilled / "students" / slug(first) / "environment.json", "command"
         ),
     }
-    write_json(chosen.results / "objective-study.json", report)
-    write_text(chosen.results / "objective-study.md", table(scores, majority) + "\n")
+    write_report(chosen.results / "objective-study.json", report, table(scores, majority) + "\n")
     print(json.dumps(report) if chosen.json else table(scores, majority))
 
 

@@ -27,10 +27,9 @@ from common import (
     without,
     without_paths,
     write_ds_config,
+    write_report,
 )
 from matplotlib.figure import Figure
-
-from potstill.files import write_json, write_text
 
 GLOBAL_BATCH = 128  # rows of 128 tokens: 16,384 tokens a step
 
@@ -148,8 +147,7 @@ def main() -> None:
     chosen.images.mkdir(parents=True, exist_ok=True)
     draw(runs, chosen.images / "real-run.svg")
     report = {"date": datetime.now(UTC).date().isoformat(), "runs": runs}
-    write_json(chosen.results / "real-run.json", report)
-    write_text(chosen.results / "real-run.md", table(runs) + "\n")
+    write_report(chosen.results / "real-run.json", report, table(runs) + "\n")
     print(json.dumps(report) if chosen.json else table(runs))
 
 

@@ -39,7 +39,8 @@ class Work:
     """What is trained, and how.
 
     Attributes:
-        points: rows of a micro-batch and seconds of a whole step on it, one device, measured.
+        points: rows of a micro-batch and seconds of a whole step on it alone, optimiser and all,
+            one device, measured.
         trained: numbers with a gradient.
         gradient_bytes, parameter_bytes: of one number as it travels.
         stage: of ZeRO. bucket: numbers sent at once. overlap: exchange during the backward pass.
@@ -193,9 +194,18 @@ def traffic_seconds(
 
 
 def forecasts(devices: Sequence[int], work: Work, cluster: Cluster) -> dict[str, list[Row]]:
-    """Both ways to grow: the global batch stays, or every device keeps its largest micro-batch."""
+    """Both ways to grow: the global batch stays, or every device keeps its largest micro-batch.
+
+    Raises:
+        InputError: no number of devices divides the global batch.
+    """
     largest = max(rows for rows, _ in work.points)
     fits = [n for n in devices if work.global_batch % n == 0]
+    if not fits:
+        given = ",".join(map(str, devices))
+        raise InputError(
+            f"--devices {given}: --global_batch {work.global_batch} is a multiple of none of them"
+        )
     return {
         "fixed": [forecast(n, work.global_batch // n, work, cluster) for n in fits],
         "growing": [forecast(n, largest, work, cluster) for n in devices],

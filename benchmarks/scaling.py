@@ -4,7 +4,8 @@
 
 Runs `pretrain/run.py` through the `deepspeed` launcher on 1 and on 2 ranks, one core and one thread
 each, at 16,384 tokens per optimiser step, and the same step without DeepSpeed (`bare_step.py`) on 1
-core. Speeds are those of steps in the runs' metrics.jsonl, the first left out. A turn is one start
+core. Speeds are those of steps in the runs' metrics.jsonl, the first left out. For the formula of
+scale, 1 rank also takes steps of a single micro-batch. A turn is one start
 of the launcher for each number of ranks; its jobs run behind one another, in every second turn in
 the opposite order. Ratios are those of a turn. ZeRO 0 to 3 of the small pair run in every turn,
 the rest in the first only. Models are random, and the text is from `--corpus`.
@@ -29,7 +30,7 @@ import pyarrow.parquet as parquet
 import torch
 from bare_step import Pair, build_models
 from common import DATA, RESULTS, ROOT, launch, machine, metrics, shard
-from scaling_report import Case, exchange_rows, model_inputs, speed_rows, tables
+from scaling_report import Case, ds_config, exchange_rows, model_inputs, speed_rows, tables
 from transformers import AutoTokenizer
 
 from potstill.console import program, progress
@@ -38,6 +39,7 @@ from potstill.files import write_json, write_text
 
 SMALL, BASE, TINY = "6x384-3x384", "12x768-6x768", "2x48-1x48"
 LENGTH = 128
+SINGLES = 3  # times as many steps of one micro-batch, which are short
 TEXT_BYTES = 3_000_000  # of corpus; 16,384 tokens a step for a few steps
 
 
@@ -50,6 +52,7 @@ def all_cases(rows: int) -> list[Case]:
     for accumulation in (1, 16):  # beside the 4 of MICRO
         micro = rows // 2 // accumulation
         cases += [Case(SMALL, ranks, 1, micro=micro) for ranks in (1, 2)]
+    cases += [Case(SMALL, 1, 1, micro=micro, single=True) for micro in (4, 16, 64)]
     for zero in (("overlap_comm", False), ("reduce_bucket_size", 1_000_000)):
         cases.append(Case(SMALL, 2, 2, zero=(zero,)))
     return cases
@@ -58,18 +61,7 @@ def all_cases(rows: int) -> list[Case]:
 def quick_cases(rows: int) -> list[Case]:
     """The least that has every kind of case."""
     cases = [Case(TINY, 1, None), Case(TINY, 1, 1), Case(TINY, 2, 1)]
-    return [*cases, *(Case(TINY, ranks, 1, micro=rows // 2) for ranks in (1, 2))]
-
-
-def ds_config(case: Case, rows: int) -> dict[str, Any]:
-    """The shipped config of the case's stage and precision, with its batch sizes."""
-    name = "cpu" if case.precision == "fp32" else f"zero{case.stage}_bf16"
-    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    config.pop("train_batch_size", None)
-    config["train_micro_batch_size_per_gpu"] = case.micro
-    config["gradient_accumulation_steps"] = case.accumulation(rows)
-    config["zero_optimization"].update(case.zero)
-    return dict(config)
+    return [*cases, *(Case(TINY, 1, 1, micro=micro, single=True) for micro in (4, rows // 2))]
 
 
 def write_corpus(source: Path, target: Path) -> None:
@@ -127,7 +119,8 @@ class Bench:
             self._collect(case)
 
     def _job(self, case: Case) -> dict[str, Any]:
-        steps, accumulation = self.options.steps, case.accumulation(self.options.rows)
+        accumulation = case.accumulation(self.options.rows)
+        steps = self.options.steps * (SINGLES if case.single else 1)
         if case.stage is None:
             place = {"output": str(self.folder / case.name), "kind": "bare", "steps": steps}
             sizes = {"micro_batch": case.micro, "accumulation": accumulation, "length": LENGTH}
@@ -176,7 +169,7 @@ class Bench:
             self.facts[case.name] = {k: v for k, v in found.items() if k != "seconds"}
             self.seconds.setdefault(case.name, []).append(found["seconds"])
             return
-        tokens = self.options.rows * LENGTH
+        tokens = case.rows(self.options.rows) * LENGTH
         lines = [line for line in metrics(place) if line["kind"] == "train"][1:]
         seconds = [tokens / line["tokens_per_second"] for line in lines]
         self.seconds.setdefault(case.name, []).append(seconds)
@@ -195,7 +188,7 @@ def report(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = {k: v for k, v in machine(device).items() if k not in ("clock", "threads")}
     link = json.loads((bench.folder / "link.json").read_text())["all_reduce"]
-    model = model_inputs(options.cases, bench.seconds, bench.facts, link, options.rows)
+    model = model_inputs(options.cases, bench.seconds, bench.facts, link)
     settings = {name: getattr(options, name) for name in ("rows", "steps", "turns", "quick")}
     return {
         "machine": where

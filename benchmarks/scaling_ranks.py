@@ -10,8 +10,6 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 from bare_step import BareStep, Learning, Pair, random_batch
+from common import seconds
 from torch import distributed as dist
 
 from potstill.console import is_main_rank, program
@@ -43,16 +42,6 @@ def bind_to_a_core() -> None:
     os.sched_setaffinity(0, {cores[rank]})
 
 
-def timed(act: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of an act, the device's queue empty before and after."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    act()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def bare(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of whole steps without DeepSpeed, what is trained, the share of the backward pass."""
     pair = replace(Pair.parse(job["pair"]), vocab=job["vocab"])
@@ -63,13 +52,13 @@ def bare(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         for seed in range(job["accumulation"])
     ]
     step.step(*batches)  # warm-up
-    seconds = [timed(partial(step.step, *batches), device) for _ in range(job["steps"])]
+    taken = [seconds(partial(step.step, *batches), device) for _ in range(job["steps"])]
     loss = step.loss(batches[0])
-    backward = timed(loss.backward, device)
+    backward = seconds(loss.backward, device)
     step.optimizer.zero_grad()
     trained = sum(p.numel() for p in step.module.parameters() if p.requires_grad)
-    share = backward * job["accumulation"] / statistics.median(seconds)
-    return {"seconds": seconds, "trained": trained, "backward_share": min(share, 1.0)}
+    share = backward * job["accumulation"] / statistics.median(taken)
+    return {"seconds": taken, "trained": trained, "backward_share": min(share, 1.0)}
 
 
 def link(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -79,8 +68,8 @@ def link(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         tensor = torch.ones(size // 4, device=device)
         dist.all_reduce(tensor)  # warm-up
         dist.barrier()
-        seconds = [timed(partial(dist.all_reduce, tensor), device) for _ in range(job["steps"])]
-        found.append((size, statistics.median(seconds)))
+        taken = [seconds(partial(dist.all_reduce, tensor), device) for _ in range(job["steps"])]
+        found.append((size, statistics.median(taken)))
     return {"all_reduce": found}
 
 

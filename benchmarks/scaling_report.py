@@ -1,10 +1,12 @@
 """Cases of `benchmarks/scaling.py` and their figures: ratios of a turn, the exchange, tables."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from common import ROOT
 from scale_model import Cluster, Link, Work, fit_line, traffic_seconds
 
 MICRO = 16  # rows of a micro-batch unless the case says otherwise; as ds_configs/cpu_bf16.json
@@ -19,6 +21,7 @@ class Case:
     Attributes:
         micro: rows of a micro-batch. zero: more of the ds_config's `zero_optimization`.
         always: whether it runs in every turn, or in the first only.
+        single: whether a step is one micro-batch; the points of the scale formula.
     """
 
     pair: str
@@ -28,17 +31,34 @@ class Case:
     micro: int = MICRO
     zero: tuple[tuple[str, Any], ...] = ()
     always: bool = False
+    single: bool = False
 
     @property
     def name(self) -> str:
         """A folder's name, and the key of its figures."""
         kind = "bare" if self.stage is None else f"zero{self.stage}"
         more = "".join(f"-{key}={value}" for key, value in self.zero)
-        return f"{self.pair}-{self.precision}-{kind}-{self.ranks}x{self.micro}{more}"
+        alone = "-single" if self.single else ""
+        return f"{self.pair}-{self.precision}-{kind}-{self.ranks}x{self.micro}{more}{alone}"
 
     def accumulation(self, rows: int) -> int:
-        """Micro-batches of a step of so many rows."""
-        return rows // (self.ranks * self.micro)
+        """Micro-batches of a step, if those of other cases have so many rows."""
+        return 1 if self.single else rows // (self.ranks * self.micro)
+
+    def rows(self, rows: int) -> int:
+        """Rows of a step, likewise."""
+        return self.ranks * self.micro * self.accumulation(rows)
+
+
+def ds_config(case: Case, rows: int) -> dict[str, Any]:
+    """The shipped config of the case's stage and precision, with its batch sizes."""
+    name = "cpu" if case.precision == "fp32" else f"zero{case.stage}_bf16"
+    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    config.pop("train_batch_size", None)
+    config["train_micro_batch_size_per_gpu"] = case.micro
+    config["gradient_accumulation_steps"] = case.accumulation(rows)
+    config["zero_optimization"].update(case.zero)
+    return dict(config)
 
 
 def ratio(over: Sequence[Sequence[float]], under: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -59,8 +79,9 @@ def speed_rows(cases: Sequence[Case], seconds: Seconds, tokens: int) -> list[dic
     """The trainer against the bare step, and 2 ranks against 1, by pair, precision and stage."""
     rows = []
     alone = {(c.pair, c.precision): c for c in cases if c.stage is None}
-    for one in (c for c in cases if c.ranks == 1 and c.stage is not None and c.micro == MICRO):
-        two = next(c for c in cases if c == _with_ranks(one, 2))
+    ones = (c for c in cases if c.ranks == 1 and c.stage is not None and c.micro == MICRO)
+    for one in (c for c in ones if not c.single):
+        two = next(c for c in cases if c == replace(one, ranks=2))
         bare = seconds[alone[one.pair, one.precision].name]
         first, second = seconds[one.name], seconds[two.name]
         rows.append(
@@ -79,25 +100,22 @@ def speed_rows(cases: Sequence[Case], seconds: Seconds, tokens: int) -> list[dic
     return rows
 
 
-def _with_ranks(case: Case, ranks: int) -> Case:
-    return Case(case.pair, ranks, case.stage, case.precision, case.micro, case.zero, case.always)
-
-
 def model_inputs(
     cases: Sequence[Case],
     seconds: Seconds,
     facts: Mapping[str, Mapping[str, Any]],
     link: Sequence[tuple[int, float]],
-    rows: int,
 ) -> dict[str, Any]:
     """What `benchmarks/forecast.py` needs, of the first pair: one rank's steps, and the link.
+
+    The steps are those of one micro-batch, so that each pays for a whole update of the optimiser.
 
     An all-reduce of S bytes between two ranks takes 2 (S / 2 / bandwidth + latency).
     """
     pair = cases[0].pair
-    ones = [c for c in cases if c.pair == pair and c.ranks == 1 and c.stage == 1]
+    ones = [c for c in cases if c.pair == pair and c.single]
     fixed, per_byte = fit_line([(int(size), each) for size, each in link])
-    points = [(c.micro, median(seconds[c.name]) / c.accumulation(rows)) for c in ones]
+    points = [(c.micro, median(seconds[c.name])) for c in ones]
     return {
         "pair": pair,
         "ranks": 2,
@@ -113,18 +131,20 @@ def exchange_rows(
     """What two ranks wait for, measured and by formula, for each setting of the first pair.
 
     Measured is what is left of a step on 2 ranks when half a step on 1 rank with micro-batches of
-    the same size is taken off: the exchange, and whatever the cores take from one another.
+    the same size is taken off: the exchange, whatever the cores take from one another, and under
+    stage 0, where each rank updates all parameters, half an update of the optimiser.
     """
     link = Link(**model["link"])
     found = []
     for case in cases:
-        one = _with_ranks(Case(case.pair, 1, case.stage, case.precision, case.micro), 1)
+        one = Case(case.pair, 1, case.stage, case.precision, case.micro)
         same = seconds.get(one.name)
         if case.ranks == 1 or case.pair != model["pair"] or same is None:
             continue
         accumulation, compute = case.accumulation(rows), median(same) / 2
         width = 4 if case.precision == "fp32" else 2
-        bucket = dict(case.zero).get("reduce_bucket_size", 50_000_000)
+        zero = ds_config(case, rows)["zero_optimization"]
+        bucket = zero.get("reduce_bucket_size", Work.bucket)  # DeepSpeed's own default
         work = Work((), model["trained"], 4, width, int(case.stage or 0), bucket)
         traffic, _ = traffic_seconds(2, accumulation, compute, work, Cluster(link, link, 2))
         step = median(seconds[case.name])

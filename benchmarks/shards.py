@@ -5,10 +5,12 @@
 The same text goes through the sharder, `datasets.map` + `group_texts` (run_mlm) and a static-mask
 pipeline of Python loops with gzip HDF5, with either of two tokenizers (see `text_pipelines.py`),
 in turns, each in a process of its own with one thread; and through the sharder with tokie where
-that is installed. Times are of the processor, so that other work counts less; ratios are taken turn
-by turn. Then a larger text with 1 and 2 workers (wall time), the share of time that is not the
-tokenizer's, and the resident memory of each process on a text, and a JSON text, of one line. About
-7 minutes on two cores.
+that is installed. The yardstick for speed is the static-mask pipeline with BERT's tokenizer in
+Python, the only one that those scripts had when they were released. Times are of the processor, so
+that other work counts less; ratios are taken turn by turn; medians with quartiles. Then a larger
+text with 1 and 2 workers (wall time), the share of time that is not the tokenizer's, and the
+resident memory of each process on a text, and a JSON text, of one line. About 7 minutes on two
+cores.
 Writes `results/shards.{json,md}`.
 """
 
@@ -16,22 +18,21 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from common import DATA, RESULTS, ROOT, machine
+from common import DATA, RESULTS, ROOT, machine, quartiles, write_report
 
 from data_prep.corpus import find_sources
 from data_prep.readers import ReadOptions
 from potstill.console import program
-from potstill.files import write_json, write_text
+from potstill.errors import InputError, PotstillError
 
 PIPELINES = {
     "ours": "the sharder",
@@ -40,6 +41,8 @@ PIPELINES = {
     "static_mask": "static masks, Python loops, gzip; transformers 5's tokenizer",
     "python_tokenizer": "the same with BERT's tokenizer in Python, as released",
 }
+RELEASED = "python_tokenizer"  # the pipeline that stands for the scripts as released
+ERROR_CHARACTERS = 2000  # of what a failed pipeline wrote to stderr
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -85,6 +88,13 @@ def one_line(text: Path, megabytes: int, folder: Path) -> dict[str, Path]:
     return paths
 
 
+class Started(NamedTuple):
+    """A pipeline's process, and the file that takes its stderr."""
+
+    process: "subprocess.Popen[str]"
+    errors: Path
+
+
 class Runner:
     """Starts pipelines, each in a process and a folder of its own."""
 
@@ -93,19 +103,22 @@ class Runner:
         self._folder = folder
         self._count = 0
 
-    def start(self, pipeline: str, text: Path, workers: int = 1) -> "subprocess.Popen[str]":
+    def start(self, pipeline: str, text: Path, workers: int = 1) -> Started:
         """The process of a pipeline."""
         self._count += 1
         command = [sys.executable, str(ROOT / "benchmarks" / "text_pipelines.py"), pipeline]
         command += ["--input", str(text), "--tokenizer", self._tokenizer]
         command += ["--output", str(self._folder / str(self._count)), "--workers", str(workers)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | ENVIRONMENT,
-        )
+        errors = self._folder / f"{self._count}.stderr"
+        with open(errors, "w") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | ENVIRONMENT,
+            )
+        return Started(process, errors)
 
     def figures(self, pipeline: str, text: Path, workers: int = 1) -> dict[str, float]:
         """What a pipeline prints of itself."""
@@ -114,21 +127,26 @@ class Runner:
     def memory(self, text: Path, workers: int) -> dict[str, float]:
         """The highest resident MiB of the sharder's first process and of a worker."""
         peaks: dict[int, int] = {}
-        process = self.start("ours", text, workers)
-        while process.poll() is None:
-            for pid, held in resident(process.pid).items():
+        started = self.start("ours", text, workers)
+        while started.process.poll() is None:
+            for pid, held in resident(started.process.pid).items():
                 peaks[pid] = max(held, peaks.get(pid, 0))
             time.sleep(0.02)
-        printed(process)
-        first = peaks.pop(process.pid)
+        printed(started)
+        first = peaks.pop(started.process.pid)
         return {"reader": first / 2**20, "worker": max(peaks.values()) / 2**20}
 
 
-def printed(process: "subprocess.Popen[str]") -> dict[str, float]:
-    """The figures in the last line of a process that must end well."""
-    output = process.communicate()[0]
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args, output)
+def printed(started: Started) -> dict[str, float]:
+    """The figures in the last line of a process that must end well.
+
+    Raises:
+        PotstillError: it failed; with the end of what it wrote to stderr.
+    """
+    output = started.process.communicate()[0]
+    if status := started.process.returncode:
+        end = started.errors.read_text(errors="replace").strip()[-ERROR_CHARACTERS:]
+        raise PotstillError(f"a pipeline ended with status {status}: {end}")
     figures: dict[str, float] = json.loads(output.splitlines()[-1])
     return figures
 
@@ -145,15 +163,10 @@ def resident(pid: int) -> dict[int, int]:
     return found
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles; of one value thrice that value."""
-    return summary(values * 2 if len(values) == 1 else values)
+def told(found: dict[str, float], form: str, unit: float = 1) -> str:
+    """A spread as `median (low-high)`, in one format."""
+    middle, low, high = (format(found[name] / unit, form) for name in ("median", "low", "high"))
+    return f"{middle} ({low}-{high})"
 
 
 def compare(runner: Runner, text: Path, turns: int) -> list[dict[str, Any]]:
@@ -171,9 +184,9 @@ def compare(runner: Runner, text: Path, turns: int) -> list[dict[str, Any]]:
             "tokens": tokens,
             "dropped": tokens - mine[0]["kept"],
             "bytes_per_token": mine[0]["bytes"] / mine[0]["kept"],
-            "tokens_per_processor_second": spread([tokens / s for s in seconds]),
-            "tokens_per_second": spread([tokens / f["wall_seconds"] for f in mine]),
-            "time": spread([s / own for s, own in zip(seconds, ours, strict=True)]),
+            "tokens_per_processor_second": quartiles([tokens / s for s in seconds]),
+            "tokens_per_second": quartiles([tokens / f["wall_seconds"] for f in mine]),
+            "time": quartiles([s / own for s, own in zip(seconds, ours, strict=True)]),
         }
         rows.append(row)
     return rows
@@ -185,13 +198,13 @@ def scale(runner: Runner, text: Path, turns: int) -> dict[str, Any]:
     shares = [1 - one["tokenizer_seconds"] / one["processor_seconds"] for one, _ in runs]
     return {
         "tokens": runs[0][0]["kept"],
-        "wall_1_worker": spread([one["wall_seconds"] for one, _ in runs]),
-        "wall_2_workers": spread([two["wall_seconds"] for _, two in runs]),
-        "speed_up": spread([one["wall_seconds"] / two["wall_seconds"] for one, two in runs]),
-        "added_work": spread(
+        "wall_1_worker": quartiles([one["wall_seconds"] for one, _ in runs]),
+        "wall_2_workers": quartiles([two["wall_seconds"] for _, two in runs]),
+        "speed_up": quartiles([one["wall_seconds"] / two["wall_seconds"] for one, two in runs]),
+        "added_work": quartiles(
             [two["processor_seconds"] / one["processor_seconds"] - 1 for one, two in runs]
         ),
-        "share_outside_tokenizer": spread(shares),
+        "share_outside_tokenizer": quartiles(shares),
     }
 
 
@@ -205,20 +218,27 @@ def tables(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         speed, wall = row["tokens_per_processor_second"], row["tokens_per_second"]
         lines.append(
-            f"| {PIPELINES[row['pipeline']]} | {speed['median'] / 1e6:.2f} "
-            f"({speed['low'] / 1e6:.2f}-{speed['high'] / 1e6:.2f}) | {wall['median'] / 1e6:.2f} "
-            f"| {row['time']['median']:.2f} | {row['dropped'] / row['tokens']:.2%} "
-            f"| {row['bytes_per_token']:.2f} |"
+            f"| {PIPELINES[row['pipeline']]} | {told(speed, '.2f', 1e6)} "
+            f"| {told(wall, '.2f', 1e6)} | {told(row['time'], '.2f')} "
+            f"| {row['dropped'] / row['tokens']:.2%} | {row['bytes_per_token']:.2f} |"
         )
     found, line = report["scale"], report["memory"]
-    outside = found["share_outside_tokenizer"]["median"]
     lines += [
         "",
-        "| the sharder | |",
+        "| the sharder, median (quartiles) | |",
         "|---|---:|",
-        f"| 1 -> 2 workers, wall time of {found['tokens'] / 1e6:.1f} M tokens "
-        f"| {found['speed_up']['median']:.2f}x |",
-        f"| share of time outside the tokenizer | {outside:.1%} |",
+    ]
+    lines += [
+        f"| time of the scripts as released, with BERT's tokenizer in Python, against ours "
+        f"| {told(row['time'], '.2f')} |"
+        for row in report["rows"]
+        if row["pipeline"] == RELEASED
+    ]
+    lines += [
+        f"| 1 -> 2 workers, times as fast on {found['tokens'] / 1e6:.1f} M tokens, wall "
+        f"| {told(found['speed_up'], '.2f')} |",
+        "| share of time outside the tokenizer "
+        f"| {told(found['share_outside_tokenizer'], '.1%')} |",
     ]
     lines += [
         f"| a {kind} line of {line['megabytes']} MB: MiB of the reading process, of a worker "
@@ -237,12 +257,14 @@ def main() -> None:
     add = parser.add_argument
     add("--input", nargs="+", default=[str(DATA / "corpus")], help="as for data_prep/shard.py")
     add("--tokenizer", default=str(DATA / "vocab" / "bert-base-uncased"))
-    add("--turns", type=int, default=3)
+    add("--turns", type=int, default=3, help="2 or more, because one has no spread (default: 3)")
     add("--characters", type=int, default=12_000_000, help="of the text that all pipelines read")
     add("--larger", type=int, default=8, help="times that text for 1 and 2 workers")
     add("--line_megabytes", type=int, default=100)
     add("--json", type=Path, default=RESULTS / "shards.json", help="the table goes beside it")
     args = parser.parse_args()
+    if args.turns < 2:
+        raise InputError(f"--turns is {args.turns}, and one turn has no spread; give 2 or more")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runner = Runner(args.tokenizer, folder)
@@ -257,8 +279,7 @@ def main() -> None:
         lines = one_line(text, args.line_megabytes, folder)
         memory = {kind: runner.memory(path, workers=2) for kind, path in lines.items()}
         report["memory"] = {"megabytes": args.line_megabytes, **memory}
-    write_json(args.json, report)
-    write_text(args.json.with_suffix(".md"), tables(report) + "\n")
+    write_report(args.json, report, tables(report) + "\n")
     print(tables(report))
 
 

@@ -7,9 +7,9 @@ Each step is forward, backward and AdamW on 8 rows of 128 random tokens without 
 ones, `--data SHARDS`), dropout 0.1. Ours is `bare_step.BareStep` in float32 and bfloat16; the
 rival's is the public code (`peers`; TextBrewer where it can be imported) or, where that is not
 there, `naive.NaiveStep`, in float32 and under bfloat16 autocast. Both learn the same, which is
-checked first (`cases.agree`). All steps of a case take turns in one process, so that noise hits all
-alike; ratios are taken turn by turn. On a CPU with one thread (the default) the clock is the
-process's own CPU time.
+checked first (`cases.agree`). All steps of a case take turns in one process, each turn beginning
+with another one, so that noise and caches hit all alike; ratios are taken turn by turn. On a CPU
+with one thread (the default) the clock is the process's own CPU time.
 
 The share of the peak is the work that the objective needs, by `pretrain.flops`, over the time and
 the best rate of plain matrix products here, large ones and those of the models' own shapes: what a
@@ -21,7 +21,6 @@ About 8 minutes on one core that does 100 GFLOP/s in float32.
 import argparse
 import gc
 import statistics
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,33 +38,18 @@ from cases import (
     rival_of,
     variants,
 )
-from common import CLOCKS, clock_name, machine
+from common import CLOCKS, clock_name, machine, quartiles, seconds, write_report
 from step_report import draw, table
 
 from potstill.console import program, progress, say
 from potstill.errors import InputError
-from potstill.files import write_json, write_text
 from pretrain.batches import Batch
 from pretrain.environment import lacks_bf16
+from pretrain.peak import product_speed
 
 SETTINGS = ("batch", "length", "dropout", "turns")
-
-
-def seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, the device's queue empty before and after."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    clock = CLOCKS[clock_name(device)]
-    synchronize()
-    start = clock()
-    act()
-    synchronize()
-    return clock() - start
-
-
-def quartiles(values: Iterable[float], unit: float = 1.0) -> dict[str, float]:
-    """The median, and the first and third quartile, in a unit."""
-    low, median, high = statistics.quantiles([value * unit for value in values], n=4)
-    return {"median": median, "low": low, "high": high}
+GEMM_SECONDS = 0.2  # of each shape
+WARM_UP = 2  # steps: optimiser state; compiled code may be made anew once it is there
 
 
 def gemm_rates(
@@ -77,20 +61,14 @@ def gemm_rates(
     )
     shapes = [(large, large, large)]
     shapes += [(tokens, k * w, n * w) for w in widths for k, n in ((1, 1), (1, 4), (4, 1))]
+    clock = CLOCKS[clock_name(device)]
     return {
-        name: {" x ".join(map(str, shape)): gemm_rate(shape, dtype, device) for shape in shapes}
+        name: {
+            " x ".join(map(str, shape)): product_speed(shape, device, dtype, GEMM_SECONDS, clock)
+            for shape in shapes
+        }
         for name, dtype in DTYPES.items()
     }
-
-
-def gemm_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a product (m, k) x (k, n), its median time, at least 0.2 s of it."""
-    m, k, n = shape
-    left, right = (torch.randn(size, dtype=dtype, device=device) for size in ((m, k), (k, n)))
-    taken = [seconds(lambda: left @ right, device) for _ in range(3)][1:]
-    while sum(taken) < 0.2:
-        taken.append(seconds(lambda: left @ right, device))
-    return 2 * m * k * n / statistics.median(taken)
 
 
 def measure(
@@ -103,14 +81,16 @@ def measure(
     """All steps of a case in turns."""
     difference = agree(case, rival, options.length, device)
     say(f"{case.name}: {rival.name}'s gradient is within {difference:.0e} of ours")
-    builders = variants(case, rival, options, options.compile, device)
+    more = {"ours bf16 compiled": {"compile": True}} if options.compile else {}
+    builders = variants(case, rival, options, device, more)
     steps: dict[str, Step] = {name: build() for name, build in builders.items()}
     batch = make_batch(case, options).to(device)
-    for step in steps.values():  # warm-up: optimiser state, compilation
-        step.step(batch)
-    turns: list[dict[str, float]] = []
-    for _ in progress(range(options.turns), desc=case.name, unit="turn"):
-        turns.append({n: seconds(partial(s.step, batch), device) for n, s in steps.items()})
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step.step(batch)
+    turns = []
+    for turn in progress(range(options.turns), desc=case.name, unit="turn"):
+        turns.append(take_turn(steps, turn, batch, device))
     work = next(s for s in steps.values() if isinstance(s, BareStep)).flops_per_token
     return {
         "case": case.name,
@@ -121,6 +101,16 @@ def measure(
             name: figures(name, turns, work, batch.counts["tokens"], peaks) for name in steps
         },
     }
+
+
+def take_turn(
+    steps: dict[str, Step], turn: int, batch: Batch, device: torch.device
+) -> dict[str, float]:
+    """Seconds of a step of each, in an order that goes on by one from turn to turn."""
+    names, clock = list(steps), clock_name(device)
+    first = turn % len(names)
+    order = names[first:] + names[:first]
+    return {name: seconds(partial(steps[name].step, batch), device, clock) for name in order}
 
 
 def make_batch(case: Case, options: argparse.Namespace) -> Batch:
@@ -176,8 +166,7 @@ def main() -> None:
     report = {"machine": machine(device), "settings": settings, "gemm": rates, "rows": rows}
     print(table(report))
     if options.json:
-        write_json(options.json, report)
-        write_text(options.json.with_suffix(".md"), table(report))
+        write_report(options.json, report, table(report))
     if options.chart:
         draw(report, options.chart)
 

@@ -18,17 +18,17 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import quartiles, seconds, write_report
 from torch import distributed as dist
 
 from potstill.console import is_main_rank, program, progress, say
-from potstill.files import write_json, write_text
+from potstill.files import write_json
 from pretrain.config import parse_config
 from pretrain.engine import build_run, start_ranks
 from pretrain.environment import describe_environment
@@ -64,8 +64,7 @@ class Trainer:
             write_json(file, students)
             self.plan: Plan = make_plan(parse_config(self._flags(options, folder, file)), device)
             self.loop = Loop(*build_run(self.plan, device))
-        self._batches = self.loop.run.batches(0)
-        self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._batches, self._device = self.loop.run.batches(0), device
 
     @staticmethod
     def _flags(options: argparse.Namespace, folder: str, students: Path) -> list[str]:
@@ -85,18 +84,14 @@ class Trainer:
             "--dry_run",
         ]
 
-    def seconds(self, clock: Callable[[], float]) -> float:
-        """Seconds of one step."""
-        self._synchronize()
-        start = clock()
-        self.loop.step(self._batches)
-        self._synchronize()
-        return clock() - start
+    def seconds(self, clock: str) -> float:
+        """Seconds of one step by a clock of `common.CLOCKS`."""
+        return seconds(lambda: self.loop.step(self._batches), self._device, clock)
 
 
 def measure(together: dict[int, Trainer], alone: Sequence[Trainer], turns: int) -> list[Row]:
     """Let every group take a step in each turn; the first turns are not counted."""
-    clock = time.process_time if clock_name() == "process CPU time" else time.perf_counter
+    clock = clock_name()
     groups, lone = [], []
     for turn in progress(range(WARM_UP + turns), desc="turns"):
         times = {size: trainer.seconds(clock) for size, trainer in together.items()}
@@ -110,14 +105,14 @@ def measure(together: dict[int, Trainer], alone: Sequence[Trainer], turns: int) 
 def _row(size: int, plan: Plan, groups: list[dict[int, float]], lone: list[list[float]]) -> Row:
     sums = [sum(each[:size]) for each in lone]
     ratios = [times[size] / total for times, total in zip(groups, sums, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    spread = quartiles(ratios)
     return Row(
         students=size,
         together_seconds=statistics.median(times[size] for times in groups),
         alone_seconds=statistics.median(sums),
-        ratio=middle,
-        ratio_low=low,
-        ratio_high=high,
+        ratio=spread["median"],
+        ratio_low=spread["low"],
+        ratio_high=spread["high"],
         flops_ratio=plan.flops_per_token / sum(alone_flops(plan, own) for own in plan.students),
     )
 
@@ -198,8 +193,7 @@ def main() -> None:
     say(table(rows))
     if is_main_rank():
         plan = together[max(together)].plan
-        write_json(options.json, record(options, plan, rows))
-        write_text(options.json.with_suffix(".md"), table(rows))
+        write_report(options.json, record(options, plan, rows), table(rows))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -72,7 +72,7 @@ def find_sources(inputs: list[str]) -> list[Source]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_text(p, path))
+            inside = [p for p in visible_files(path) if is_text(p)]
             if not inside:
                 raise InputError(f"--input {given} has no file of a kind that is read: {KINDS}")
             sources += [_source(str(p), p) for p in inside]
@@ -103,10 +103,19 @@ def _kind_of(path: Path) -> str:
     return suffix if suffix in (*READERS, ".parquet") else ""
 
 
-def is_text(path: Path, folder: Path) -> bool:
-    """Whether a file in a folder is of a kind that is read, and not hidden."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return bool(_kind_of(path)) and not hidden
+def is_text(path: Path) -> bool:
+    """Whether a file's name is of a kind that is read as text."""
+    return bool(_kind_of(path))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files in a folder and its sub-folders, sorted, without hidden files and folders."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _source(name: str, path: Path) -> Source:

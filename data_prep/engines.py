@@ -9,6 +9,7 @@ which it always turns into their ids. Text with any other character or with such
 
 import importlib.metadata
 import json
+import os
 import random
 import re
 import tempfile
@@ -71,7 +72,13 @@ class TokieEncoder(TextEncoder):
 
 
 def build_encoder(settings: EncoderSettings, engine: str = "tokenizers") -> TextEncoder:
-    """The encoder of an engine that `check_engine` has accepted."""
+    """The encoder of an engine that `check_engine` has accepted; it uses one thread.
+
+    Our processes are the parallelism. Tokie starts its threads once in a process, with the first
+    text: the variables must be set before.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
     return TokieEncoder(*settings) if engine == "tokie" else TextEncoder(*settings)
 
 
@@ -101,7 +108,9 @@ def check_engine(settings: EncoderSettings, engine: str) -> None:
             differently.
     """
     if engine == "tokie":
-        compare(TokieEncoder(*settings), TextEncoder(*settings), samples())
+        encoder = build_encoder(settings, engine)
+        assert isinstance(encoder, TokieEncoder)
+        compare(encoder, TextEncoder(*settings), samples())
 
 
 def compare(encoder: TokieEncoder, reference: TextEncoder, texts: list[str]) -> None:

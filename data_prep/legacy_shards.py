@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus import Source, is_text
+from data_prep.corpus import Source, is_text, visible_files
 from data_prep.journal import Journal
 from data_prep.readers import ReadOptions
 from data_prep.shard_format import TRAIN, VALIDATION, Manifest, ShardFile, token_dtype
@@ -38,20 +38,26 @@ def find_legacy(inputs: list[str]) -> list[Source]:
     """The HDF5 files of `--input`, files in the order given, folders sorted; none: no such files.
 
     Raises:
-        InputError: some inputs are HDF5 and others are text.
+        InputError: some inputs are HDF5, and others are text, missing, or hold no HDF5 file.
     """
-    sources, others = [], []
-    for given in map(Path, inputs):
-        folder = given if given.is_dir() else given.parent
-        inside = sorted(given.rglob("*")) if given.is_dir() else [given]
-        found = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
-        sources += [Source(str(path), KIND, path=path) for path in found]
-        others += [p for p in inside if p.is_file() and is_text(p, folder)]
-    if sources and others:
-        raise InputError(
-            f"--input {sources[0].name} is HDF5 and {others[0]} is not; shard text and older "
-            "shards into folders of their own"
-        )
+    inside = {
+        given: visible_files(Path(given)) if Path(given).is_dir() else [Path(given)]
+        for given in inputs
+    }
+    found = {given: [p for p in paths if p.suffix in SUFFIXES] for given, paths in inside.items()}
+    sources = [Source(str(p), KIND, path=p) for given in inputs for p in found[given]]
+    if not sources:
+        return []
+    for given, paths in inside.items():
+        if not Path(given).exists():
+            raise InputError(f"--input {given} does not exist; give a file or a folder")
+        if others := [path for path in paths if is_text(path)]:
+            raise InputError(
+                f"--input {sources[0].name} is HDF5 and {others[0]} is not; shard text and older "
+                "shards into folders of their own"
+            )
+        if not found[given]:
+            raise InputError(f"--input {given} is not HDF5 and holds none; take it off the list")
     return sources
 
 
@@ -160,7 +166,9 @@ def read_slabs(
 ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
     """The four datasets, about `least` rows at a time, with the number of the first row.
 
-    Slabs end where the file's own compressed chunks end, so that each is decompressed once.
+    Slabs end where the compressed chunks of `input_ids` end, so that each of these is decompressed
+    once; chunks of the other datasets that lie across such an end are decompressed again. A slab
+    has at least one chunk: a file that is a single chunk comes as a whole, whatever its size.
 
     Raises:
         InputError: no HDF5 file, a dataset missing, of another length or kind, or damaged.

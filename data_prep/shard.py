@@ -56,13 +56,14 @@ class Signalled(BaseException):
 
 
 class Stopped(PotstillError):
-    """The program ends for a signal; the finished shards are kept."""
+    """The program ends for a signal; `outcome` says what is kept, and the remedy."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; finished shards are kept: "
-            "run the same command again to go on"
-        )
+    def __init__(
+        self,
+        number: int,
+        outcome: str = "finished shards are kept: run the same command again to go on",
+    ) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {outcome}")
         self.exit_status = 128 + number
 
 
@@ -112,7 +113,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--engine",
         choices=ENGINES,
         default=ENGINES[0],
-        help="what tokenises: tokenizers (default), or tokie, many times faster for BERT's "
+        help="what tokenises: tokenizers (default), or tokie, about three times faster for BERT's "
         "WordPiece and the same to the token; the shards do not depend on it",
     )
     add("--output", type=Path, metavar="DIR", help="a folder of its own for the shards")
@@ -135,7 +136,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes that tokenise; the shards do not depend on it (default: all cores)",
+        help="processes that tokenise text; the shards do not depend on it (default: all cores)",
     )
     return parser.parse_args(arguments)
 
@@ -190,12 +191,14 @@ def shard(args: argparse.Namespace) -> None:
         journal.close()
         say(f"{args.output} is complete already, with these settings")
         return
+    if tokenizer is not None:
+        check_engine(encoder_settings(tokenizer), args.engine)  # refused: nothing is left behind
     try:
         journal.begin(settings)
         if tokenizer is None:
             tokenizer = learned_tokenizer(args.train_tokenizer, journal, sources, options)
+            check_engine(encoder_settings(tokenizer), args.engine)
         sharder = Sharder(journal, plan, sources, options, tokenizer)
-        check_engine(encoder_settings(tokenizer), args.engine)
         if sharder.continues:
             say(f"going on behind {len(sharder.state.shards)} finished shards")
         if pieces_change_tokens(TextEncoder(*encoder_settings(tokenizer))):
@@ -219,6 +222,7 @@ def shard(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) -> None:
     """Make shards of the older shards of other scripts; see `data_prep.legacy_shards`."""
+    refuse_text_flags(args, sources[0])
     if args.tokenizer is None:
         raise InputError(
             f"--input {sources[0].name} holds tokens: --train_tokenizer cannot learn from them; "
@@ -236,9 +240,11 @@ def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) ->
     try:
         journal.begin(settings)
         manifest, tokens, seconds = converter.run()
-    except Signalled:
-        say("shards of other scripts are converted all or nothing: nothing is kept")
-        raise
+    except Signalled as signalled:
+        if converter.state.finished:  # all rows are read: the same command completes the folder
+            raise
+        nothing = "a conversion is all or nothing, nothing is kept: run the same command again"
+        raise Stopped(signalled.number, nothing) from None
     except OSError as error:
         raise PotstillError(
             f"{args.output} cannot be written ({error.strerror or error}); make room and run the "
@@ -250,9 +256,22 @@ def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) ->
     if not converter.continues:  # it was stopped after its last row: nothing was read again
         rows = manifest.documents + converter.duplicates
         say(
-            f"{rows:,} rows read in {seconds:.1f} s: {rows / seconds:,.0f} rows/s; "
+            f"{rows:,} rows read by one process in {seconds:.1f} s: {rows / seconds:,.0f} rows/s; "
             f"{converter.duplicates:,} were equal to others and left out"
         )
+
+
+def refuse_text_flags(args: argparse.Namespace, source: Source) -> None:
+    """Refuse flags that say how text is read, where there are tokens.
+
+    `--workers` has a default that depends on the machine, and never changes the shards.
+    """
+    usual = {**vars(ReadOptions()), "engine": ENGINES[0]}
+    for name, default in usual.items():
+        if getattr(args, name) != default:
+            raise InputError(
+                f"--{name} is for text, and --input {source.name} holds tokens; leave it out"
+            )
 
 
 def warn_of_split(manifest: Manifest) -> None:

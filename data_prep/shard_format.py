@@ -205,7 +205,10 @@ class ShardReader:
         return {**self.__dict__, "_maps": {}}
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The rows numbered `rows` (n,) in [0, self.rows): int64 (n, seq_length)."""
+        """The rows numbered `rows` (n,) in [0, self.rows): int64 (n, seq_length).
+
+        Rows that follow one another, in whatever order they are asked for, are read ahead.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"row numbers must lie in [0, {self.rows})")
@@ -214,6 +217,9 @@ class ShardReader:
         ends = np.searchsorted(rows[order], self._starts)
         for shard in np.flatnonzero(np.diff(ends)):
             places = order[ends[shard] : ends[shard + 1]]
+            first, last = rows[places[0]], rows[places[-1]]
+            if len(places) > 1 and last - first == len(places) - 1:
+                self.expect(np.array([first]), len(places))
             # The base class: indexing a memmap itself costs more than a small read.
             out[places] = np.asarray(self._map(int(shard)))[rows[places] - self._starts[shard]]
         return out

@@ -51,8 +51,8 @@ class ShardPlan:
             )
         if self.rows_per_shard < 1:
             raise InputError(f"--rows_per_shard is {self.rows_per_shard}; give 1 or more")
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}; give 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"--seed is {self.seed}; give 0 or more, below 2^64")
 
 
 def settings_of(

@@ -73,8 +73,6 @@ def tokenize(
     Raises:
         PotstillError: a worker died.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our processes are the parallelism
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the same for tokie
     if workers == 1:
         encoder = build_encoder(settings, engine)
         for batch in in_batches(pieces):

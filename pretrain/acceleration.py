@@ -1,11 +1,13 @@
 """How a step is made fast on the device at hand; none of it changes what is learned.
 
-Every choice is checked before long work starts, and a library that is asked for and not there is
-an error, never a silent fallback. `auto` takes what is measured to be fastest and always there.
+A library or a device that is asked for and not there is an error before long work starts, never a
+silent fallback; whether a kernel can be built shows when it is. `auto` takes what is always there.
 """
 
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,8 +15,10 @@ from torch import nn
 
 from potstill.errors import InputError
 from pretrain.attention import Backend
+from pretrain.ds_config import zero_stage
 from pretrain.options import option
 
+TORCHAO = "torchao==0.18.0"
 Fused = Literal["auto", "torch", "deepspeed", "apex"]
 
 
@@ -24,8 +28,8 @@ class AccelerationConfig:
 
     attention: Backend = option("Attention backend.", "auto")
     compile: Literal["auto", "on", "off"] = option(
-        "torch.compile both models and the loss. auto: on a GPU, but under ZeRO-3; on a CPU it is "
-        "slower than what runs without (docs/speed.md).",
+        "torch.compile both models and the loss. auto: on a GPU, except under ZeRO-3; on a CPU it "
+        "is slower than what runs without (docs/speed.md).",
         "auto",
     )
     fused: Fused = option(
@@ -50,24 +54,39 @@ class AccelerationConfig:
         False,
     )
 
-    def check(self, device: torch.device, zero_stage: int) -> None:
-        """Refuse what this machine or this ZeRO stage cannot do.
+    def check(
+        self, device: torch.device, ds_config: dict[str, Any], accumulation: int, dtype: torch.dtype
+    ) -> None:
+        """Refuse what this machine or this ds_config cannot do.
+
+        Args:
+            accumulation: micro-batches of a rank and step. dtype: of teacher and student.
 
         Raises:
             InputError: names the flag, what is missing, and the remedy.
         """
-        if self.compile == "on" and zero_stage == 3:
+        if self.compile == "on" and zero_stage(ds_config) == 3:
             raise InputError(
                 "--compile on does not go with ZeRO-3, which gathers weights layer by layer; take "
                 "stage 0, 1 or 2, or --compile auto"
             )
+        if self.fused != "auto" and "optimizer" in ds_config:
+            raise InputError(
+                f"--fused {self.fused}: the --ds_config names an optimizer of its own; remove that "
+                "section, or the flag"
+            )
         if self.fused == "apex":
             _check_apex(device)
         if self.teacher_precision == "fp8":
-            check_fp8(device)
+            check_fp8(device, dtype)
         if self.teacher_stream and device.type != "cuda":
             raise InputError(
                 f"--teacher_stream needs a CUDA device, and this one is {device.type}; leave it out"
+            )
+        if self.teacher_stream and accumulation == 1:
+            raise InputError(
+                "--teacher_stream runs ahead to a step's next micro-batch, and this step has one; "
+                "raise gradient_accumulation_steps in the --ds_config, or leave it out"
             )
 
     def compiles(self, device: torch.device, zero_stage: int) -> bool:
@@ -79,13 +98,16 @@ class AccelerationConfig:
 def _check_apex(device: torch.device) -> None:
     """Refuse to go on without NVIDIA's apex; PyPI's package of that name is a web toolkit."""
     remedy = "build NVIDIA's from github.com/NVIDIA/apex, or take --fused torch"
+    spec = find_spec("apex")  # does not import it: the toolkit fails at that in its own ways
+    if spec is None:
+        raise InputError(f"--fused apex: apex is missing; {remedy}")
+    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    if not any(list(folder.glob("normalization*")) for folder in folders):
+        found = _installed("apex") or "of unknown version"
+        raise InputError(f"--fused apex: apex {found} is installed, but is not NVIDIA's; {remedy}")
     try:
         import_module("apex.optimizers").FusedAdam  # noqa: B018
         import_module("apex.normalization").FusedLayerNorm  # noqa: B018
-    except ModuleNotFoundError as error:
-        found = _installed("apex")
-        fault = f"apex {found} is installed, but is not NVIDIA's" if found else "apex is missing"
-        raise InputError(f"--fused apex: {fault} ({error}); {remedy}") from error
     except (ImportError, AttributeError) as error:
         raise InputError(f"--fused apex: apex cannot be used ({error}); {remedy}") from error
     if device.type != "cuda":
@@ -99,22 +121,26 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def check_fp8(device: torch.device) -> None:
-    """Refuse an FP8 teacher where the hardware or torchao is missing.
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse an FP8 teacher where the hardware, the precision or torchao is missing.
 
     Raises:
         InputError: names which.
     """
     remedy = "take --teacher_precision auto"
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if not capable:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(
-            f"--teacher_precision fp8 needs a GPU with FP8 units (Ada, Hopper or later), and "
+            "--teacher_precision fp8 needs a GPU with FP8 units (Ada, Hopper or later), and "
             f"{device} has none; {remedy}"
+        )
+    if dtype != torch.bfloat16:
+        raise InputError(
+            f"--teacher_precision fp8 quantises a bfloat16 teacher, and this one is {dtype}; "
+            f"enable bf16 in the --ds_config, or {remedy}"
         )
     if _installed("torchao") is None:
         raise InputError(
-            f"--teacher_precision fp8 needs torchao: pip install 'potstill[fp8]', or {remedy}"
+            f"--teacher_precision fp8 needs torchao: pip install {TORCHAO}, or {remedy}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pretrain.dropout import drop, keep
@@ -70,6 +71,7 @@ class _TrainedAttention(torch.autograd.Function):
         return torch.matmul(dropped, value * ctx.scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, probabilities, kept = ctx.saved_tensors
         gradient = gradients[0] * ctx.scale

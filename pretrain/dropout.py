@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _LEVELS = 2**16
@@ -42,8 +43,9 @@ def keep(x: Tensor, kept: Tensor, scale: float = 1.0) -> Tensor:
     """`x`, contiguous, times `scale` where `kept`, otherwise 0."""
     rest = torch.empty_like(x)
     for part, flags, out in _blocks(x, kept, rest):
-        factor = flags.to(x.dtype)
-        torch.mul(part, factor if scale == 1 else factor.mul_(scale), out=out)
+        torch.mul(part, flags.to(x.dtype), out=out)
+        if scale != 1:  # not into the flags: in bfloat16 the scale itself would be rounded
+            out.mul_(scale)
     return rest
 
 
@@ -60,6 +62,7 @@ class _Dropout(torch.autograd.Function):
         return rest.mul_(ctx.scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return keep(gradients[0].contiguous(), kept, ctx.scale), None

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from potstill.console import is_main_rank, say
 from potstill.errors import InputError
 from potstill.files import write_json
-from pretrain.acceleration import to_fp8, use_apex_layer_norm
+from pretrain.acceleration import use_apex_layer_norm
 from pretrain.attention import Attention, choose_attention
 from pretrain.checkpoint import Progress, load_checkpoint, remove_checkpoints
 from pretrain.config import Config, ScheduleConfig
@@ -62,10 +62,9 @@ def start_ranks() -> torch.device:
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, verbose=False
     )
-    if on_cpu:
-        # gloo's threads must not outlive the interpreter, however the program ends: the process
-        # would now and then abort (status -6) in place of its own exit status.
-        atexit.register(_leave_ranks)
+    # gloo's threads must not outlive the interpreter, however the program ends: the process would
+    # now and then abort (status -6) in place of its own exit status.
+    atexit.register(_leave_ranks)
     return torch.device("cpu" if on_cpu else f"{accelerator.device_name()}:{local_rank}")
 
 
@@ -228,7 +227,7 @@ def _live_teacher(plan: Plan, attention: Attention, device: torch.device) -> Tea
         use_apex_layer_norm(plan.teacher.model)
     teacher = Teacher(plan.teacher, wanted, attention, device, plan.dtype)
     if speed.teacher_precision == "fp8":
-        to_fp8(teacher.model)
+        teacher.quantize()
     if speed.compiles(device, zero_stage(plan.students[0].ds_config)):
         teacher.compile()
     if speed.teacher_stream:

@@ -14,7 +14,7 @@ import torch
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "h5py", "numpy"),
-    *("accelerate", "scikit-learn", "scipy", "apex"),
+    *("accelerate", "scikit-learn", "scipy", "apex", "torchao", "triton"),
 )
 
 

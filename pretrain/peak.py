@@ -8,6 +8,7 @@ products reach on this very machine.
 import re
 import statistics
 import time
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +22,10 @@ SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Rows of the square matrices that a probe multiplies, ascending."""
 
 LEAST = 4
-"""Products of a size that are timed at least; the first does not count."""
+"""Blocks of products of a size that are timed at least; the first does not count."""
+
+BLOCK = {"cpu": 1, "cuda": 20}
+"""Products of a block: a GPU's clock stands still for starting and for waiting once a block."""
 
 
 class Datasheet(NamedTuple):
@@ -118,29 +122,44 @@ def measure_peak(device: torch.device, dtype: torch.dtype, flops: float | None =
     Args:
         flops: of the run on this device; None gives the probe all of `PROBE_SECONDS`.
     """
-    sizes = SIZES["cpu" if device.type == "cpu" else "cuda"]
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    sizes, least = SIZES[kind], LEAST * BLOCK[kind]
     best = _speed(sizes[0], device, dtype, 0.0)
     budget = PROBE_SECONDS if flops is None else min(PROBE_SECONDS, PROBE_SHARE * flops / best)
     for size in sizes:
         limit = budget / len(sizes)
-        if LEAST * 2 * size**3 / best > limit:
+        if least * 2 * size**3 / best > limit:
             break
         best = max(best, _speed(size, device, dtype, limit))
     return best
 
 
 def _speed(size: int, device: torch.device, dtype: torch.dtype, limit: float) -> float:
-    """FLOP/s of products of `size` rows, by the median time of all but the first.
+    """FLOP/s of products of square matrices of `size` rows; see `product_speed`."""
+    return product_speed((size, size, size), device, dtype, limit)
+
+
+def product_speed(
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    limit: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOP/s of products (m, k) x (k, n), by the median time of all blocks but the first.
 
     Args:
-        limit: seconds to go on for, once `LEAST` products are done.
+        limit: seconds to go on for, once `LEAST` blocks are done.
     """
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    m, k, n = shape
+    left, right = (torch.randn(s, device=device, dtype=dtype) for s in ((m, k), (k, n)))
+    block = BLOCK["cpu" if device.type == "cpu" else "cuda"]
     taken: list[float] = []
     while len(taken) < LEAST or sum(taken) < limit:
-        start = time.perf_counter()
-        torch.mm(left, right)
+        start = clock()
+        for _ in range(block):
+            torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(taken[1:])
+        taken.append(clock() - start)
+    return 2 * m * k * n * block / statistics.median(taken[1:])

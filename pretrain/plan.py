@@ -28,7 +28,6 @@ from pretrain.ds_config import (
     precision,
     read_ds_config,
     resolve_ds_config,
-    zero_stage,
 )
 from pretrain.features import Feature
 from pretrain.flops import Work, forward_flops, student_flops
@@ -117,7 +116,7 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     sizes = batch_sizes(ds_config, dist.get_world_size(), path)
     ds_configs = [_resolve(member, ds_config, sizes) for member in members]
     check_with_deepspeed(ds_configs[0], path)
-    config.acceleration.check(device, zero_stage(ds_config))
+    config.acceleration.check(device, ds_config, sizes.accumulation, precision(ds_config))
     manifest = _check_data(config)
     teacher = _load_teacher(members, manifest)
     identities = [identity_of(member.config, sizes, ds_config) for member in members]

@@ -1,7 +1,8 @@
 """One training step: its micro-batches, the loss that does not depend on how they are cut."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +209,7 @@ def with_features(
 ) -> Iterator[tuple[Batch, Features]]:
     """Each batch on the device, with the teacher's features of it, when it is asked for."""
     if teacher is not None and teacher.stream is not None:
-        yield from teacher.ahead(batch.to(device) for batch in batches)
+        yield from teacher.ahead((batch.to(device) for batch in batches), phase)
         return
     for batch in batches:
         with phase("data"):
@@ -258,6 +259,7 @@ def validation_terms(
     counts = [torch.zeros(number, dtype=torch.float64) for number in terms]
     rows = 0
     with ExitStack() as evaluating:
+        evaluating.enter_context(eagerly())
         for module in modules:
             evaluating.enter_context(evaluation_mode(module))
         for batch, counted in batches:
@@ -276,6 +278,16 @@ def validation_terms(
         for own, count in zip(sums, counts, strict=True)
     ]
     return results, int(total)
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """A block in which nothing compiled runs.
+
+    Compiled code is for the one shape of training; a last, smaller batch would make it general.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class RelationKL(RelationObjective):
     def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
         # On a CPU the lean form is the faster one at any length: it stays in the cache.
         quick = self.settings.form == "auto" and student.left.device.type == "cpu"
+        quick = quick and not torch.compiler.is_compiling()  # it would unroll the loop
         lean = quick or self.settings.lean(student.left.shape[2])
         valid = None if batch.full else batch.valid
         return (divergence_lean if lean else divergence)(student, teacher, valid)

@@ -21,7 +21,7 @@ LEAN_FROM = 512
 """Tokens in a row from which `auto` takes the memory-lean form of objectives on attention.
 
 Measured on a CPU by `benchmarks/lean_forms.py`: at 128 tokens the plain `att-mse` is several times
-faster, the plain KLs about as fast, and L x L tensors are small; from 512 on the lean forms win.
+faster; from 512 on the lean forms win. KLs are lean on a CPU at any length, where that is faster.
 """
 
 
@@ -58,7 +58,8 @@ class Settings:
         relation_heads, relations: of `minilmv2`.
         negatives, contrast_temperature, contrast_width: of `hid-cls-contrast`: vectors in its
             memory, temperature, and width of the space in which vectors are compared.
-        form: how objectives on attention are computed; `auto` goes by the length of a row.
+        form: how objectives on attention are computed; `auto` goes by the length of a row and, for
+            KLs, by the device.
         logit_chunks: in how many parts `kd` computes the logits of both models; 0 is the plain
             form.
     """

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pydoc_data.topics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from scale_model import (
     half_seconds,
     traffic_seconds,
 )
-from scaling_report import Case, exchange_rows, model_inputs, speed_rows
+from scaling_report import Case, ds_config, exchange_rows, model_inputs, speed_rows
 
 from data_prep.tokenization import train_tokenizer
 from potstill.errors import InputError
@@ -154,11 +153,43 @@ def test_more_devices_are_never_more_efficient_and_slow_links_never_help() -> No
         (lambda: forecast.parse_points("8=1"), "--step_seconds '8=1'"),
         (lambda: forecast.parse_devices("8,no"), "--devices '8,no'"),
         (lambda: forecast.read_measured(Path("nowhere.json")), "--measured nowhere.json"),
+        (lambda: forecasts((3, 7), WORK, CLUSTER), "--devices 3,7: --global_batch 64 is a mult"),
     ],
 )
 def test_bad_input_is_named(act: Callable[[], object], named: str) -> None:
     with pytest.raises(InputError, match=named):
         act()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give either --measured"),
+        ("--step_seconds 8:0.3,32:0.9", "--trained is missing"),
+        ("--step_seconds 8:0.3,32:0.9 --trained 1e7 --bucket 0", "--bucket 0 must be positive"),
+        ("--step_seconds 8:0.3,32:0.9 --trained 1e7 --node 0", "--node 0 must be positive"),
+        ("--step_seconds 8:0.3,32:0.9 --trained 1e7 --devices 3,7", "--devices 3,7"),
+        ("--measured FILE --node 4", "--node: --measured FILE has its own; leave it out"),
+        ("--measured FILE --inside_gigabytes 9", "--inside_gigabytes: --measured FILE has its own"),
+        ("--measured FILE --trained 9", "--trained: --measured FILE has its own"),
+        ("--measured FILE", "--measured FILE: no figures for the formula there (KeyError('link'))"),
+    ],
+)
+def test_bad_flags_of_the_forecast_are_one_line(
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(tmp_path / "model.json")
+    Path(path).write_text(json.dumps({"model": {"points": [[1, 1.0], [2, 2.0]], "trained": 9}}))
+    monkeypatch.setattr(sys, "argv", ["forecast.py", *flags.replace("FILE", path).split()])
+    with pytest.raises(SystemExit) as stopped:
+        forecast.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message.replace("FILE", path) in error and error.count("\n") == 1
 
 
 def test_the_forecast_program_writes_what_it_prints(
@@ -189,12 +220,16 @@ def test_ratios_are_those_of_a_turn() -> None:
 def test_what_is_left_of_a_step_on_two_ranks_is_told_beside_the_formula() -> None:
     bare, one, two = Case("a", 1, None), Case("a", 1, 1), Case("a", 2, 1)
     small = [Case("a", ranks, 1, micro=64) for ranks in (1, 2)]
-    cases = [bare, one, two, *small]
+    single = [Case("a", 1, 1, micro=micro, single=True) for micro in (16, 64)]
+    cases = [bare, one, two, *small, *single]
     seconds = {case.name: [[2.0 / case.ranks]] for case in cases} | {two.name: [[1.3]]}
+    seconds |= {case.name: [[0.1 + case.micro / 100]] for case in single}
     facts = {bare.name: {"trained": 1_000_000, "backward_share": 0.5}}
     link = [(size, 2e-4 + size / 1e9) for size in (4096, 65536, 1_048_576)]
-    model = model_inputs(cases, seconds, facts, link, rows=128)
-    assert model["points"] == [(16, 2.0 / 8), (64, 2.0 / 2)]
+    model = model_inputs(cases, seconds, facts, link)
+    # not the step of 128 rows over its number of micro-batches: that has one update for all
+    assert model["points"] == [(16, 0.26), (64, 0.74)]
+    assert len(speed_rows(cases, seconds, 1000)) == 1
     assert model["link"]["bytes_per_second"] == pytest.approx(1e9)
     assert model["link"]["latency_seconds"] == pytest.approx(1e-4)
     rows = exchange_rows(cases, seconds, model, rows=128)
@@ -203,10 +238,28 @@ def test_what_is_left_of_a_step_on_two_ranks_is_told_beside_the_formula() -> Non
     assert rows[0]["formula"] == pytest.approx(5e-3 + 3e-4)
 
 
+def test_batch_sizes_and_buckets_are_those_of_the_shipped_configs() -> None:
+    single = Case("a", 1, 1, micro=4, single=True)
+    config = ds_config(single, 128)
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [config[name] for name in sizes] == [4, 1] and single.rows(128) == 4
+    config = ds_config(Case("a", 2, 2), 128)
+    assert [config[name] for name in sizes] == [16, 4]
+    link = {"bytes_per_second": 1e15, "latency_seconds": 1.0}
+    model = {"pair": "a", "trained": 100_000_000, "link": link}
+    cases = [Case("a", ranks, stage) for stage in (0, 2) for ranks in (1, 2)]
+    small = Case("a", 2, 2, zero=(("reduce_bucket_size", 10_000_000),))
+    cases.append(small)
+    rows = exchange_rows(cases, {case.name: [[1.0]] for case in cases}, model, rows=128)
+    # latencies by hand: 2 messages of an all-reduce for each bucket, 1 to gather the parameters
+    # stage 0: DeepSpeed's 500 M; stage 2: 50 M, in each of 4 micro-batches; 10 M
+    assert [round(row["formula"]) for row in rows] == [2, 4 * 2 * 2 + 2, 4 * 10 * 2 + 10]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_real_trainer_is_measured_on_one_and_two_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two ranks are bound to a core each; this process has one")
@@ -221,12 +274,12 @@ def test_the_real_trainer_is_measured_on_one_and_two_ranks(
     figures = json.loads(out.read_text())
     (row,) = figures["speed"]
     assert row["stage"] == 1 and row["trainer_over_bare"]["ratio"] > 0
-    assert [row["accumulation"] for row in figures["exchange"]] == [2, 1]
+    assert [row["accumulation"] for row in figures["exchange"]] == [2]
+    assert [rows for rows, _ in figures["model"]["points"]] == [4, 32]
     assert figures["model"]["trained"] > 0 and 0 < figures["model"]["backward_share"] <= 1
     for part in ("speed", "exchange"):
         assert out.with_name(f"scaling-{part}.md").read_text().startswith("| ")
-    program = Path(forecast.__file__)
-    done = subprocess.run(
-        [sys.executable, program, "--measured", out, "--node", "2"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "1,024" in done.stdout, done.stderr
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["forecast.py", "--measured", str(out)])
+    forecast.main()
+    assert "1,024" in capsys.readouterr().out

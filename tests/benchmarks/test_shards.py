@@ -3,6 +3,7 @@
 import itertools
 import json
 import pydoc_data.topics
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import shards
 import text_pipelines
 
 from data_prep.tokenization import load_tokenizer, train_tokenizer
+from potstill.errors import PotstillError
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +70,9 @@ def test_the_program_fills_its_tables_and_watches_real_processes(
         return text_pipelines.measure(name, path, tokenizer, next(outputs), workers)
 
     monkeypatch.setattr(shards.Runner, "figures", here)  # a process each takes long to import
-    names = ("ours", "static_mask")
+    names = ("ours", shards.RELEASED)
     monkeypatch.setattr(shards, "PIPELINES", {name: shards.PIPELINES[name] for name in names})
-    flags = f"--input {text} --tokenizer {folder}/tokenizer --characters 60000 --turns 1"
+    flags = f"--input {text} --tokenizer {folder}/tokenizer --characters 60000 --turns 2"
     flags += f" --larger 1 --line_megabytes 1 --json {tmp_path}/shards.json"
     monkeypatch.setattr(sys, "argv", ["shards.py", *flags.split()])
     shards.main()
@@ -84,3 +86,21 @@ def test_the_program_fills_its_tables_and_watches_real_processes(
     )
     table = (tmp_path / "shards.md").read_text()
     assert "| the sharder |" in table and "a text line of 1 MB" in table
+    spread = r"\| \d+\.\d+%? \(\d+\.\d+%?-\d+\.\d+%?\) \|"
+    for line in ("scripts as released", "1 -> 2 workers", "outside the tokenizer"):
+        assert re.search(f"{line}.*{spread}", table), table
+
+
+def test_one_turn_is_refused_because_it_has_no_spread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shards.py", "--turns", "1"])
+    with pytest.raises(SystemExit):
+        shards.main()
+    assert "--turns is 1, and one turn has no spread" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_fails_says_why(tmp_path: Path) -> None:
+    runner = shards.Runner(str(tmp_path / "no tokenizer"), tmp_path)
+    with pytest.raises(PotstillError, match="status 1: (?s:.*)no tokenizer does not exist"):
+        runner.figures("count", tmp_path / "text.txt")

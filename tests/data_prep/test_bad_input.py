@@ -136,6 +136,7 @@ def test_output_inside_an_input_folder_and_the_reverse_are_refused(
         ("--output OUT", "give --tokenizer NAME_OR_DIR, or --train_tokenizer"),
         ("--output OUT --tokenizer x --seq_length 2", "--seq_length is 2"),
         ("--output OUT --tokenizer x --validation_fraction 1", "--validation_fraction is 1.0"),
+        (f"--output OUT --tokenizer x --seed {2**64}", f"--seed is {2**64}; give 0 or more, below"),
         ("--output OUT --tokenizer x --workers 0", "--workers is 0"),
         ("--output OUT --tokenizer /no/such/folder", "/no/such/folder does not exist"),
         ("--output OUT --train_tokenizer 30", "--train_tokenizer is 30"),

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +171,41 @@ def test_a_missing_or_another_tokie_is_refused_before_any_work(
     assert not output.exists()
 
 
-def test_the_extra_pins_the_proven_version(repository: Path) -> None:
+@needs_tokie
+def test_a_refused_tokenizer_leaves_nothing_behind(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tokenizer_folder, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"strip_accents": False}))
+    command = f"--input {corpus} --tokenizer {other} --output {tmp_path}/out --engine tokie"
+    with pytest.raises(InputError, match="strip_accents: False, only True is"):
+        shard(parse(command.split()))
+    assert not (tmp_path / "out").exists()
+
+
+@needs_tokie
+def test_tokie_has_one_thread_from_the_first_text_on(
+    bert: EncoderSettings, repository: Path, tmp_path: Path
+) -> None:
+    """Its threads are started once in a process: by the check before a run."""
+    (tmp_path / "settings.json").write_text(json.dumps(bert))
+    script = (
+        "import json, sys, psutil; from data_prep.engines import check_engine;"
+        "count = psutil.Process().num_threads;"
+        "before = count(); check_engine(json.load(open(sys.argv[1])), 'tokie');"
+        "print(count() - before)"
+    )
+    environment = {n: v for n, v in os.environ.items() if n != "RAYON_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "settings.json")],
+        cwd=repository, capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) <= 1
+
+
+def test_the_extra_and_the_tests_pin_the_proven_version(repository: Path) -> None:
     assert f'tokie = ["tokie=={TOKIE_VERSION}"]' in (repository / "pyproject.toml").read_text()
+    needed = (repository / "requirements-test.txt").read_text().splitlines()
+    assert f"tokie=={TOKIE_VERSION}" in [line.partition("#")[0].strip() for line in needed]
     assert f"tokie=={TOKIE_VERSION}" in INSTALL_TOKIE

@@ -1,5 +1,8 @@
 """Shards of other scripts: unmasked to the token, each row once, bad ones refused by name."""
 
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep.legacy_shards import unmask
+from data_prep.legacy_shards import Converter, find_legacy, row_digests, unmask
+from data_prep.shard import main
 from data_prep.shard_format import TRAIN, VALIDATION, ShardReader, read_manifest
 from data_prep.tokenization import load_tokenizer, special_ids
 from potstill.errors import InputError
@@ -155,7 +159,8 @@ def test_the_real_program_converts_and_says_what_it_left_out(
     command = ["--input", path, "--tokenizer", tokenizer_folder, "--output", tmp_path / "new"]
     done = run_program(*command, "--seq_length", LENGTH)
     assert done.returncode == 0, done.stderr
-    assert "350 rows read" in done.stdout and "50 were equal to others" in done.stdout
+    assert "350 rows read by one process" in done.stdout
+    assert "50 were equal to others" in done.stdout
     assert run_program("--verify", tmp_path / "new").returncode == 0
 
 
@@ -223,6 +228,86 @@ def test_what_is_no_hdf5_or_mixed_with_text_is_refused(
             run_here(tmp_path / "out", *inputs)
     with pytest.raises(InputError, match="does not exist"):
         run_here(tmp_path / "out", tmp_path / "missing.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("missing.hdf5", "missing.hdf5 does not exist"),
+        ("missing.txt", "missing.txt does not exist"),
+        ("no folder", "no folder does not exist"),
+        ("empty", "empty is not HDF5 and holds none"),
+        ("notes.md", "notes.md is not HDF5 and holds none"),
+    ],
+)
+def test_no_input_beside_older_shards_is_left_out_silently(
+    other: str, message: str, ids: dict[str, int], tmp_path: Path
+) -> None:
+    good = write(tmp_path / "good.hdf5", masked_by_the_scripts(plain_rows(9, ids), ids, 1))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("neither")
+    for inputs in ([str(good), str(tmp_path / other)], [str(tmp_path / other), str(good)]):
+        with pytest.raises(InputError, match=message):
+            find_legacy(inputs)
+
+
+def test_hidden_files_make_no_folder_one_of_older_shards(
+    run_here: Run, corpus: Path, ids: dict[str, int], tmp_path: Path
+) -> None:
+    datasets = masked_by_the_scripts(plain_rows(9, ids), ids, 1)
+    for name in ("text", "older"):
+        (tmp_path / name / ".cache").mkdir(parents=True)
+        write(tmp_path / name / ".cache" / "x.h5", datasets)
+    with pytest.raises(InputError, match="older has no file of a kind that is read"):
+        run_here(tmp_path / "out", tmp_path / "older")
+    (tmp_path / "text" / "corpus.txt").write_bytes(corpus.read_bytes())
+    assert read_manifest(run_here(tmp_path / "out", tmp_path / "text")).documents > 9
+    visible = write(tmp_path / "older" / "y.h5", datasets)
+    assert [source.path for source in find_legacy([str(tmp_path / "older")])] == [visible]
+    hidden = tmp_path / "older" / ".cache" / "x.h5"
+    assert [source.path for source in find_legacy([str(hidden)])] == [hidden]  # named itself
+
+
+@pytest.mark.parametrize(
+    "flag", ["--text_column body", "--document_per_file", "--on_bad_text skip", "--engine tokie"]
+)
+def test_flags_for_text_are_refused(
+    flag: str, run_here: Run, ids: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.shard.check_installed", lambda engine: None)
+    path = write(tmp_path / "old.hdf5", masked_by_the_scripts(plain_rows(9, ids), ids, 1))
+    with pytest.raises(InputError, match=f"{flag.split()[0]} is for text, and --input .*old.hdf5"):
+        run_here(tmp_path / "out", path, flags=f"--seq_length {LENGTH} {flag}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_conversion_says_that_nothing_is_kept(
+    converted: tuple[Path, np.ndarray, Path],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"--input {converted[2]} --tokenizer {tokenizer_folder} --output {tmp_path}/out"
+    monkeypatch.setattr(sys, "argv", ["shard.py", *command.split(), *FLAGS.split()])
+    monkeypatch.setattr(Converter, "_keep", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    printed = capsys.readouterr()
+    assert ended.value.code == 143
+    assert "SIGTERM; a conversion is all or nothing, nothing is kept: run" in printed.err
+    assert "finished shards are kept" not in printed.err + printed.out
+
+
+def test_every_seed_that_is_allowed_has_digests_of_its_own() -> None:
+    rows = np.arange(8, dtype=np.uint16).reshape(2, 4)
+    digests = [row_digests(rows, seed) for seed in (0, 1, 2**64 - 1)]
+    assert len(set(np.concatenate(digests).tolist())) == 6
 
 
 def test_a_tokenizer_cannot_be_learned_from_tokens(

@@ -172,6 +172,25 @@ def test_rows_that_are_expected_are_read_as_before(shards: Path) -> None:
     assert (reader.read(numbers) == expected).all()
 
 
+def test_only_rows_that_follow_one_another_are_read_ahead(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 100 rows: a run over the end of one is told of each shard it touches."""
+    reader = ShardReader(shards, "train")
+    told: list[tuple[int, int]] = []
+
+    def listen(firsts: np.ndarray, count: int) -> None:
+        told.append((int(firsts[0]), count))
+
+    monkeypatch.setattr(reader, "expect", listen)
+    for rows in (np.array([7]), np.array([3, 9, 4]), np.array([99, 100])):
+        reader.read(rows)
+    assert not told
+    reader.read(np.arange(90, 120))
+    reader.read(np.array([12, 10, 11]))
+    assert told == [(90, 10), (100, 20), (10, 3)]
+
+
 def test_more_shards_than_open_files_are_allowed(
     run_here: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:

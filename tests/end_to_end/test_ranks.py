@@ -3,6 +3,7 @@
 All runs see the same global batch of 8 ragged rows for 20 steps; two starts do them all.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,17 @@ def folder(materials: Materials) -> Path:
     root = materials.folder / "cuts"
     root.mkdir()
 
-    def run(name: str, micro: int, accumulation: int, objective: str, **sections: object):
+    def run(
+        name: str,
+        micro: int,
+        accumulation: int,
+        objective: str,
+        acceleration: Mapping[str, object] | None = None,
+        **sections: object,
+    ) -> list[str]:
         config = write_ds_config(root / f"{name}.json", micro, accumulation, **sections)
         return flags(
+            **(acceleration or {}),
             ds_config=config,
             data=materials.ragged,
             teacher=None if objective == "mlm" else materials.teacher,
@@ -56,12 +65,23 @@ def folder(materials: Materials) -> Path:
         two.append(run(f"2x1-{number}", 4, 1, objective))
     for stage in (1, 2, 3):
         two.append(run(f"2x2-zero{stage}", 2, 2, SUM, **zero(stage)))
+    two.append(run("2x1-checkpointing", 4, 1, SUM, {"gradient_checkpointing": True}))
+    one.append(run("1x1-compiled", 8, 1, "att-mse", {"compile": "on"}))
     one.append(run("1x1-bf16", 8, 1, "att-mse", **BF16, **zero(1), **FP32_SUMS))
     one.append(run("1x4-bf16", 2, 4, "att-mse", **BF16, **zero(1), **FP32_SUMS))
     two.append(run("2x2-bf16", 2, 2, "att-mse", **BF16, **zero(1), **FP32_SUMS))
     runs(materials, None, one, "one-rank")
     runs(materials, 2, two, "two-ranks")
     return root
+
+
+def test_gradient_checkpointing_changes_no_bit(folder: Path) -> None:
+    number = OBJECTIVES.index(SUM)
+    assert losses(folder / "2x1-checkpointing") == losses(folder / f"2x1-{number}")
+
+
+def test_a_compiled_run_learns_the_same(folder: Path) -> None:
+    assert losses(folder / "1x1-compiled") == pytest.approx(losses(folder / "1x1-0"), rel=1e-4)
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVES)), ids=OBJECTIVES)

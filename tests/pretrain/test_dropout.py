@@ -63,6 +63,15 @@ def test_value_and_gradient_are_the_mask_times_the_scale(dtype: torch.dtype) -> 
     torch.testing.assert_close(keep(weights, kept), weights * kept)
 
 
+def test_bfloat16_gradients_are_scaled_as_the_values_are() -> None:
+    x = (1 + torch.rand(200_000)).bfloat16().requires_grad_()
+    value = Dropout(0.1)(x)
+    (gradient,) = torch.autograd.grad(value, x, x.detach())
+    kept = value != 0
+    ratio = gradient[kept].double().mean() / value[kept].detach().double().mean()
+    assert float(ratio) == pytest.approx(1, abs=1e-5)
+
+
 def test_nothing_is_dropped_in_evaluation_or_at_probability_zero() -> None:
     x = torch.randn(4, 3)
     assert Dropout(0.5).eval()(x) is x

@@ -69,6 +69,16 @@ def test_lean_form_equals_the_plain_one(
         torch.testing.assert_close(lean, plain, rtol=tolerance, atol=tolerance)
 
 
+def test_squared_error_of_a_whole_micro_batch_is_summed_to_float32s_precision(seed: int) -> None:
+    """6 million differences: adding them up one by one in float32 would be off by 4e-4."""
+    torch.manual_seed(seed)
+    exact = [torch.randn(32, 12, 128, 8, dtype=torch.float64) for _ in range(4)]
+    single = [side.float() for side in exact]
+    expected = squared_error(Sides(*exact[:2]), Sides(*exact[2:]), None)
+    found = squared_error(Sides(*single[:2]), Sides(*single[2:]), None)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 40, 100, 10**6])
 def test_divergence_does_not_depend_on_the_chunk(
     chunk: int, monkeypatch: pytest.MonkeyPatch
