@@ -8,14 +8,19 @@ TESTS ?= tests
 DATA ?= $(or $(POTSTILL_DATA),../shared/data)
 RUNS ?= runs
 DS_CONFIG ?= ds_configs/cpu_bf16.json
+# folders of the public code that step.py and memory.py measure against, if they are there
+MINILMV2 ?=
+DISTILBERT ?=
 
 # An absolute PATH: DeepSpeed's launcher starts ninja and python from whatever folder it is in.
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
+export POTSTILL_DATA := $(DATA)
 # DeepSpeed's own ops are built here, not in a folder that other projects share.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 INSTALL := "$(PYTHON)" tools/install.py "$(VENV)" \
 	$(if $(TORCH),--torch "$(TORCH)") $(if $(SYSTEM_TORCH),--system_torch)
+RIVALS := $(if $(MINILMV2),--minilmv2 "$(MINILMV2)") $(if $(DISTILBERT),--distilbert "$(DISTILBERT)")
 
 .PHONY: help demo test check bench clean
 .DEFAULT_GOAL := help
@@ -56,6 +61,17 @@ check: $(VENV)/.test-installed
 bench: $(VENV)/.test-installed
 	python benchmarks/attention.py
 	python benchmarks/shards.py
+	python benchmarks/loader.py --json benchmarks/results/loader-cpu.json
+	python benchmarks/step.py $(RIVALS) --json benchmarks/results/step-cpu.json \
+		--chart docs/images/step-cpu.svg
+	python benchmarks/memory.py $(RIVALS) --json benchmarks/results/memory-cpu.json
+	python benchmarks/scaling.py
+	python benchmarks/forecast.py --measured benchmarks/results/scaling-cpu.json \
+		--between_gigabytes 1.25 --between_microseconds 50 \
+		--json benchmarks/results/forecast-cpu.json
+	if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		python benchmarks/gpu.py --json benchmarks/results/gpu.json; \
+	else echo "no GPU here: benchmarks/gpu.py is left out"; fi
 	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
 	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
 		--model student="$(RUNS)/real/att-mse-uniform/student"

@@ -1,11 +1,11 @@
-"""Which attention is fastest here: PyTorch's fused kernel, or the one written out?
+"""Which attention is fastest here: PyTorch's fused kernel, or one of the two written out?
 
     python benchmarks/attention.py [--json benchmarks/results/attention-cpu.json]
 
-Times `pretrain.attention`'s two forms on the device there is, in turns, and gives medians and the
-ratio fused / written out of every turn's pair: below 1 the fused kernel wins. Three uses: forward
-only (a teacher), forward and backward (a student), the same with dropout 0.1. The choice made
-in `pretrain.attention.choose_attention` rests on these ratios.
+Times the forms of `pretrain.attention` on the device there is, in turns, and gives medians and, of
+every turn, each form's time over that of `plain`: below 1 it wins. Three uses: forward only (a
+teacher), forward and backward (a student), the same with dropout 0.1. The choice made in
+`pretrain.attention.choose_attention` rests on these ratios.
 
 On a CPU with one thread (OMP_NUM_THREADS=1) the clock is the process's own CPU time, so that other
 programs on the machine hardly matter; otherwise it is the wall clock.
@@ -22,7 +22,12 @@ from common import clock_name, machine, quartiles, seconds
 
 from potstill.console import program
 from potstill.files import write_json
-from pretrain.attention import Attention, plain_attention, sdpa_attention
+from pretrain.attention import (
+    Attention,
+    plain_attention,
+    sdpa_attention,
+    trained_attention,
+)
 
 USES = {  # backward pass, dropout
     "forward": (False, 0.0),
@@ -32,19 +37,19 @@ USES = {  # backward pass, dropout
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+FORMS = {"plain": plain_attention, "sdpa": sdpa_attention, "trained": trained_attention}
+
+
 @dataclass(frozen=True)
 class Row:
-    """A measured case: medians in milliseconds, the median ratio and its quartiles."""
+    """A measured case: medians in milliseconds, and ratios to `plain` with their quartiles."""
 
     heads: int
     head_size: int
     precision: str
     use: str
-    plain_ms: float
-    fused_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    milliseconds: dict[str, float]
+    over_plain: dict[str, dict[str, float]]
 
 
 def once(attention: Attention, tensors: list[torch.Tensor], backward: bool, drop: float) -> float:
@@ -62,7 +67,7 @@ def once(attention: Attention, tensors: list[torch.Tensor], backward: bool, drop
 def measure(
     shape: tuple[int, int, int, int], precision: str, use: str, turns: int, device: torch.device
 ) -> Row:
-    """Run both forms in turns, so that noise of the machine hits both alike."""
+    """Run all forms in turns, so that noise of the machine hits them alike."""
     backward, drop = USES[use]
     options: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": device}
     tensors = [torch.randn(shape, **options).requires_grad_(backward) for _ in range(3)]
@@ -71,32 +76,32 @@ def measure(
     def call(attention: Attention) -> float:
         return once(attention, tensors, backward, drop)
 
-    call(plain_attention)  # warm-up
-    call(sdpa_attention)
-    pairs = [(call(plain_attention), call(sdpa_attention)) for _ in range(turns)]
-    ratio = quartiles(fused / plain for plain, fused in pairs)
+    for attention in FORMS.values():  # warm-up
+        call(attention)
+    taken = [{name: call(form) for name, form in FORMS.items()} for _ in range(turns)]
     return Row(
         heads=shape[1],
         head_size=shape[3],
         precision=precision,
         use=use,
-        plain_ms=1e3 * statistics.median(plain for plain, _ in pairs),
-        fused_ms=1e3 * statistics.median(fused for _, fused in pairs),
-        ratio=ratio["median"],
-        ratio_low=ratio["low"],
-        ratio_high=ratio["high"],
+        milliseconds={n: 1e3 * statistics.median(turn[n] for turn in taken) for n in FORMS},
+        over_plain={n: quartiles(turn[n] / turn["plain"] for turn in taken) for n in FORMS},
     )
 
 
 def print_table(rows: list[Row]) -> None:
     """The rows as a Markdown table."""
-    print("| heads x size | precision | use | written out, ms | fused, ms | fused / written out |")
+    print("| heads x size | precision | use | plain, ms | sdpa / plain | trained / plain |")
     print("|---|---|---|---:|---:|---:|")
     for row in rows:
-        spread = f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+        spreads = [
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+            for name, ratio in row.over_plain.items()
+            if name != "plain"
+        ]
         print(
-            f"| {row.heads} x {row.head_size} | {row.precision} | {row.use} | {row.plain_ms:.2f} "
-            f"| {row.fused_ms:.2f} | {spread} |"
+            f"| {row.heads} x {row.head_size} | {row.precision} | {row.use} "
+            f"| {row.milliseconds['plain']:.2f} | {' | '.join(spreads)} |"
         )
 
 

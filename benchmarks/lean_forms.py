@@ -5,7 +5,8 @@
 Forward and backward of `att-mse` and of an attention KL on 4,096 tokens in rows of 128, 512 and
 2,048 (12 heads of 64), and of `kd` with the MLM heads of two 384-wide models over 30,522 words, at
 512, 2,048 and 8,192 positions; float32 and bfloat16 features. Both forms are timed in turns in one
-process (medians, and the median ratio of the pairs); the peak of memory above the inputs is
+process (medians, and the median ratio of a turn), `att-mse` also as one would write it first (direct:
+both models' scores, their difference, its square); the peak of memory above the inputs is
 measured in a process of its own for each form. Writes `results/lean-forms-DEVICE.{json,md}`.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from common import machine, seconds, write_report
 from torch import Tensor, nn
+from torch.nn import functional
 
 from potstill.console import program
 from pretrain.batches import Batch
@@ -51,6 +53,8 @@ def relation_step(
 ) -> Any:
     """Forward and backward of an attention objective on full rows."""
     rows = TOKENS // length
+    if form == "direct":
+        return direct_step(rows, length, dtype, device)
     batch = full_batch(rows, length).to(device)
     objective = build_objective(name, Settings((LayerPair(1, 1),), form=form))  # type: ignore[arg-type]
     student, teacher = (
@@ -63,6 +67,24 @@ def relation_step(
     for feature in student.values():
         feature.requires_grad_()
     return partial(backward, objective, student, teacher, batch, list(student.values()))
+
+
+def direct_step(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Att-MSE as one would write it first: both models' scores, their difference, its square."""
+    shape = (rows, HEADS, length, SIZE)
+    query, key, other_query, other_key = (
+        torch.randn(shape, dtype=dtype, device=device) for _ in range(4)
+    )
+    student = [query.requires_grad_(), key.requires_grad_()]
+
+    def step() -> None:
+        ours, theirs = (
+            left.float() @ right.float().transpose(-2, -1) / SIZE**0.5
+            for left, right in (student, (other_query, other_key))
+        )
+        torch.autograd.grad(functional.mse_loss(ours, theirs), student)
+
+    return step
 
 
 def kd_step(form: str, positions: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -145,20 +167,24 @@ def measure(
     name: str, size: int, precision: str, turns: int, device: torch.device
 ) -> dict[str, Any]:
     """A row of the table."""
-    steps = [build(name, size, form, precision, device) for form in FORMS]
-    for step in steps:  # warm-up
+    forms = (*FORMS, *(["direct"] if name == "att-mse" else []))
+    steps = {form: build(name, size, form, precision, device) for form in forms}
+    for step in steps.values():  # warm-up
         step()
-    pairs = [[seconds(step, device) for step in steps] for _ in range(turns)]
-    plain, lean = (statistics.median(times) for times in zip(*pairs, strict=True))
+    taken = [{form: seconds(step, device) for form, step in steps.items()} for _ in range(turns)]
+    medians = {form: 1e3 * statistics.median(turn[form] for turn in taken) for form in forms}
     del steps
     peaks = {form: memory(name, size, form, precision) for form in FORMS}
     return {
         "objective": name,
         "size": size,
         "precision": precision,
-        "plain_ms": 1e3 * plain,
-        "lean_ms": 1e3 * lean,
-        "ratio": statistics.median(lean / plain for plain, lean in pairs),
+        "ms": medians,
+        "over_lean": {
+            form: statistics.median(turn[form] / turn["lean"] for turn in taken)
+            for form in forms
+            if form != "lean"
+        },
         "plain_mib": peaks["plain"] / 2**20,
         "lean_mib": peaks["lean"] / 2**20,
     }
@@ -167,16 +193,22 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| objective | L, or positions | features | plain, ms | lean, ms | lean / plain "
-        "| plain, MiB | lean, MiB |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "| objective | L, or positions | features | plain, ms | lean, ms | plain / lean "
+        "| direct / lean | plain, MiB | lean, MiB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| `{r['objective']}` | {r['size']:,} | {r['precision']} | {r['plain_ms']:.0f} "
-        f"| {r['lean_ms']:.0f} | {r['ratio']:.2f} | {r['plain_mib']:,.0f} | {r['lean_mib']:,.0f} |"
+        f"| `{r['objective']}` | {r['size']:,} | {r['precision']} | {r['ms']['plain']:.0f} "
+        f"| {r['ms']['lean']:.0f} | {r['over_lean']['plain']:.2f} | {_direct(r)} "
+        f"| {r['plain_mib']:,.0f} | {r['lean_mib']:,.0f} |"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def _direct(row: dict[str, Any]) -> str:
+    ratio = row["over_lean"].get("direct")
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 @program

@@ -56,9 +56,28 @@ def _together(
     Their product is the difference of the scores. Computed in `least` precision or more.
     """
     dtype = torch.promote_types(student.left.dtype, least)
-    sides = (student.left, teacher.left)
-    left = [side.to(dtype) * (1 / math.sqrt(side.shape[-1])) for side in sides]
+    left = [_scaled(side.left, dtype) for side in (student, teacher)]
     right = [student.right.to(dtype), teacher.right.to(dtype).neg()]
+    return _joined(left, right, valid)
+
+
+def _by_differences(student: Sides, teacher: Sides, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`[Q_S - Q_T, Q_T]` / sqrt(d) and `[K_S, K_S - K_T]`, for heads of one size.
+
+    The same product, since `Q_S K_S^T - Q_T K_T^T = (Q_S - Q_T) K_S^T + Q_T (K_S - K_T)^T`; but
+    its Gram form has nothing large to subtract where the student is close to the teacher.
+    """
+    dtype = torch.promote_types(student.left.dtype, torch.float32)
+    own, other = _scaled(student.left, dtype), _scaled(teacher.left, dtype)
+    key, target = student.right.to(dtype), teacher.right.to(dtype)
+    return _joined([own - other, other], [key, key - target], valid)
+
+
+def _scaled(left: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.to(dtype) * (1 / math.sqrt(left.shape[-1]))
+
+
+def _joined(left: list[Tensor], right: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:
     whole = torch.cat(left, dim=-1), torch.cat(right, dim=-1)
     if valid is None:
         return whole
@@ -101,11 +120,15 @@ class _SquaredDifference(torch.autograd.Function):
 def squared_error_lean(student: Sides, teacher: Sides, valid: Tensor | None) -> Tensor:
     """`squared_error` without scores: `||Q K^T||_F^2 = sum((Q^T Q) * (K^T K))`, linear in L.
 
-    `Q = [Q_S / sqrt(d_S), Q_T / sqrt(d_T)]`, `K = [K_S, -K_T]` along the head dimension. The sum
-    subtracts numbers that are almost equal once the student is close to the teacher, which
-    float32 does not survive: the small products are taken in float64.
+    Q and K hold both models' sides along the head dimension, so that `Q K^T` is the difference of
+    the scores. Heads of one size are laid together by their differences, in float32. Where sizes
+    differ, the sum subtracts numbers that are almost equal once the scores are, which float32 does
+    not survive: there the products are taken in float64.
     """
-    left, right = _together(student, teacher, valid, torch.float64)
+    if student.left.shape == teacher.left.shape:
+        left, right = _by_differences(student, teacher, valid)
+    else:
+        left, right = _together(student, teacher, valid, torch.float64)
     products = left.transpose(-2, -1).matmul(left) * right.transpose(-2, -1).matmul(right)
     total = products.sum() / left.shape[1]
     return total.to(full_precision(student.left).dtype)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import pytest
 import scaling
+from common import launch
 from numpy.typing import NDArray
 from pyarrow import parquet
 from scale_model import (
@@ -32,6 +33,8 @@ from scale_model import (
 )
 from scaling_report import Case, ds_config, exchange_rows, model_inputs, speed_rows
 
+from data_prep.shard import parse
+from data_prep.shard import shard as run_sharder
 from data_prep.tokenization import train_tokenizer
 from potstill.errors import InputError
 
@@ -256,6 +259,18 @@ def test_batch_sizes_and_buckets_are_those_of_the_shipped_configs() -> None:
     assert [round(row["formula"]) for row in rows] == [2, 4 * 2 * 2 + 2, 4 * 10 * 2 + 10]
 
 
+def start_of_ranks(ranks: int, program: str) -> list[str]:
+    """The launcher for two ranks; for one PyTorch's, which does not import DeepSpeed twice."""
+    return ["torchrun", "--nproc_per_node", "1", program] if ranks == 1 else launch(ranks, program)
+
+
+def shard_here(corpus: Path, tokenizer: Path, output: Path) -> Path:
+    """What `common.shard` does, without a process."""
+    words = ["--input", str(corpus), "--output", str(output), "--tokenizer", str(tokenizer)]
+    run_sharder(parse([*words, "--workers", "1"]))
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_real_trainer_is_measured_on_one_and_two_ranks(
@@ -269,6 +284,8 @@ def test_the_real_trainer_is_measured_on_one_and_two_ranks(
     out = tmp_path / "scaling.json"
     flags = f"--quick --corpus {tmp_path} --tokenizer {tmp_path}/tokenizer --rows 64 --json {out}"
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(scaling, "launch", start_of_ranks)
+    monkeypatch.setattr(scaling, "shard", shard_here)
     monkeypatch.setattr(sys, "argv", ["scaling.py", *flags.split()])
     scaling.main()
     figures = json.loads(out.read_text())

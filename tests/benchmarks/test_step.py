@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 import memory
 import numpy as np
 import pytest
@@ -102,6 +103,23 @@ def test_half_precision_weights_follow_float32_copies() -> None:
         assert torch.equal(weight, other.bfloat16())
 
 
+def test_each_turn_begins_with_another_step() -> None:
+    seen: list[str] = []
+    steps = {n: SimpleNamespace(student=None, step=lambda b, n=n: seen.append(n)) for n in "abc"}
+    batch = random_batch(TINY.vocab, 1, 8)
+    turns = [step.take_turn(steps, turn, batch, CPU) for turn in range(4)]  # type: ignore[arg-type]
+    assert "".join(seen) == "abcbcacababc"
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+
+
+def test_quartiles_lie_within_the_values() -> None:
+    assert common.quartiles([3.0, 1.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+    numbers = [5.0, 1.0, 4.0, 2.0, 3.0]
+    low, median, high = np.percentile(numbers, [25, 50, 75])  # interpolates as `inclusive` does
+    found = common.quartiles(numbers, unit=1e3)
+    assert found == {"median": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
+
+
 def test_the_step_program_writes_figures_table_and_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +151,18 @@ def test_the_memory_program_finds_less_for_ours(
     (row,) = json.loads(figures.read_text())["rows"]
     assert row["bytes"]["ours fp32"] < 0.5 * row["bytes"]["naive fp32"]
     assert row["bytes"]["ours bf16"] < 0.5 * row["bytes"]["naive autocast"]
+    head, _, line = figures.with_suffix(".md").read_text().splitlines()
+    assert "| ours bf16, checkpointing |" in head and head.count("|") == line.count("|")
+
+
+def test_checkpointing_keeps_less_of_a_deep_student() -> None:
+    learning = Learning(Pair((4, 48), (4, 48), heads=4, vocab=211), "hid-seq")
+    batch = random_batch(211, 4, 64)
+    plain, lean = (
+        memory.needed(BareStep(learning, "bf16", 4, 64, checkpointing=on), batch, batch, CPU)
+        for on in (False, True)
+    )
+    assert lean < 0.6 * plain
 
 
 def test_peak_bytes_counts_what_lives_at_one_time() -> None:
@@ -194,6 +224,7 @@ def test_shards_that_do_not_fit_are_refused(materials: Materials) -> None:
         (step, ["--turns", "1"], "--turns 1 has no spread"),
         (step, ["--minilmv2", "nowhere"], "--minilmv2 nowhere: minilmv2/minilmv2.py is not there"),
         (memory, ["--distilbert", "nowhere"], "--distilbert nowhere: distiller.py is not there"),
+        (step, ["--tiny", "--only", "12x768"], "--only '12x768' is in no case's name"),
     ],
 )
 def test_bad_flags_are_one_line(

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pretrain.attention import plain_attention
 from pretrain.encoder import encode
@@ -103,17 +104,25 @@ def test_gradient_of_the_streamed_divergence_is_the_numerical_one(same: bool) ->
     assert torch.autograd.gradcheck(loss, (left,) if same else (left, right))
 
 
-def test_squared_error_survives_a_student_that_is_almost_the_teacher() -> None:
+@pytest.mark.parametrize("wider", [0, 16], ids=["heads of one size", "wider heads"])
+def test_squared_error_survives_a_student_that_is_almost_the_teacher(wider: int) -> None:
     """Where float32 products would leave few right digits: the scores differ by about 1e-3."""
     teacher = sides(5, 64, torch.float32)
-    near = (side.detach() + 1e-3 * torch.randn_like(side) / 8 for side in teacher)
+    near = [side.detach() + 1e-3 * torch.randn_like(side) / 8 for side in teacher]
+    if wider:  # the same scores from wider heads
+        near = [functional.pad(side, (0, wider)) for side in near]
+        near[0] = near[0] * ((64 + wider) / 64) ** 0.5
     student = Sides(*(side.requires_grad_() for side in near))
     exact = squared_error(
         Sides(*(s.double() for s in student)), Sides(*(t.double() for t in teacher)), None
     )
     lean = squared_error_lean(student, teacher, None)
     assert exact < 1e-2
-    torch.testing.assert_close(lean.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lean.double(), exact, rtol=3e-6, atol=0)
+    gradients = torch.autograd.grad(lean, student)
+    wanted = torch.autograd.grad(exact, student)
+    for one, two in zip(gradients, wanted, strict=True):
+        assert float((one - two).norm() / two.norm()) < 1e-5
 
 
 def test_no_graph_no_gradient_work() -> None:
