@@ -32,8 +32,11 @@ from pretrain.peak import measure_peak, product_speed
 
 WARM_UP = 3
 KERNELS = 12
-PRELOADED = ["torch._dynamo", "transformers.models.bert.modeling_bert", "gpu_rungs"]
-"""What takes seconds to import, and does not touch the device."""
+PRELOADED = [
+    *("torch._dynamo", "transformers.models.bert.modeling_bert"),
+    *("pretrain.step", "pretrain.teacher", "data_prep.shard_format"),
+]
+"""What takes seconds to import and does not touch the device; the server does not look here."""
 Found = Mapping[str, Any]
 """Figures, or under `reason` why there are none."""
 
@@ -53,6 +56,7 @@ def isolated(limit: float, act: Callable[..., Found], *arguments: Any) -> Found:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as extensions:
         process = context.Process(target=_call, args=(send, extensions, act, arguments))
         process.start()
+        assert process.pid is not None
         send.close()
         try:
             if not receive.poll(limit):

@@ -5,8 +5,8 @@
 Forward and backward of `att-mse` and of an attention KL on 4,096 tokens in rows of 128, 512 and
 2,048 (12 heads of 64), and of `kd` with the MLM heads of two 384-wide models over 30,522 words, at
 512, 2,048 and 8,192 positions; float32 and bfloat16 features. Both forms are timed in turns in one
-process (medians, and the median ratio of a turn), `att-mse` also as one would write it first (direct:
-both models' scores, their difference, its square); the peak of memory above the inputs is
+process (medians, and the median ratio of a turn), `att-mse` also as one would write it first
+(direct: both models' scores, their difference, its square); the peak of memory above the inputs is
 measured in a process of its own for each form. Writes `results/lean-forms-DEVICE.{json,md}`.
 """
 

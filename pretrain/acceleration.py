@@ -15,7 +15,6 @@ from torch import nn
 
 from potstill.errors import InputError
 from pretrain.attention import Backend
-from pretrain.ds_config import zero_stage
 from pretrain.options import option
 
 TORCHAO = "torchao==0.18.0"
@@ -167,3 +166,14 @@ def use_apex_layer_norm(model: nn.Module) -> None:
                 own = fused(child.normalized_shape, eps=child.eps)
                 own.weight, own.bias = child.weight, child.bias
                 setattr(module, name, own)
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """How much of the training's state ZeRO shares out: nothing (0) to everything (3)."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the optimiser's states stand outside the device: the CPU works on them."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device") in ("cpu", "nvme")

@@ -141,14 +141,3 @@ def precision(config: dict[str, Any]) -> torch.dtype:
         if config.get(section, {}).get("enabled"):
             return dtype
     return torch.float32
-
-
-def zero_stage(config: dict[str, Any]) -> int:
-    """How much of the training's state ZeRO shares out: nothing (0) to everything (3)."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether the optimiser's states stand outside the device: the CPU works on them."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device") in ("cpu", "nvme")

@@ -18,11 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 from potstill.console import is_main_rank, say
 from potstill.errors import InputError
 from potstill.files import write_json
-from pretrain.acceleration import use_apex_layer_norm
+from pretrain.acceleration import offloads_optimizer, use_apex_layer_norm, zero_stage
 from pretrain.attention import Attention, choose_attention
 from pretrain.checkpoint import Progress, load_checkpoint, remove_checkpoints
 from pretrain.config import Config, ScheduleConfig
-from pretrain.ds_config import offloads_optimizer, zero_stage
 from pretrain.encoder import encode
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
