@@ -15,7 +15,7 @@ DISTILBERT ?=
 # An absolute PATH: DeepSpeed's launcher starts ninja and python from whatever folder it is in.
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
-export POTSTILL_DATA := $(DATA)
+export POTSTILL_DATA := $(abspath $(DATA))
 # DeepSpeed's own ops are built here, not in a folder that other projects share.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 INSTALL := "$(PYTHON)" tools/install.py "$(VENV)" \
