@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def kd_step(form: str, positions: int, dtype: torch.dtype, device: torch.device)
     chunked = form == "lean"
     chunks = count_chunks("lean", positions * VOCAB) if chunked else 0
     objective = build_objective("kd", Settings((), logit_chunks=chunks))
-    batch = full_batch(1, 1).to(device)
+    places = torch.arange(positions)  # all of them masked, none an unused slot
+    batch = replace(full_batch(1, 1), masked=places, labels=places).to(device)
     head, other = (nn.Linear(WIDTH, VOCAB).to(device, dtype) for _ in range(2))
     hidden, target = (torch.randn(positions, WIDTH, dtype=dtype, device=device) for _ in range(2))
     hidden.requires_grad_()
