@@ -96,10 +96,11 @@ def trained_attention(
 def cpu_attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """What is fastest on a CPU: the fused kernel forward only, and in float32 without dropout.
+    """What serves best on a CPU: the fused kernel forward only, and in float32 without dropout.
 
-    Otherwise the written-out form. Measured by `benchmarks/attention.py`
-    (results/attention-cpu.json).
+    Otherwise the form with its backward written out. Measured by `benchmarks/attention.py`
+    (results/attention-cpu.json): in float32 without dropout the fused kernel takes 0.95 to 1.21 of
+    the time of `plain_attention`, and keeps no L x L tensor.
     """
     if not query.requires_grad or (query.dtype == torch.float32 and not dropout):
         return sdpa_attention(query, key, value, key_mask, dropout)
