@@ -46,8 +46,8 @@ def draws32(
 ) -> NDArray[np.uint32]:
     """Uniform 32-bit values of (key, column, purpose), broadcast together.
 
-    Two multiplications and three shifts, after the "lowbias32" family of hashes: half the bytes and
-    a third of the operations of `hash64`. Columns must lie below 2^24.
+    Two multiplications and three shifts, after the "lowbias32" family of hashes; cheaper than
+    `hash64`. Columns must lie below 2^24.
     """
     low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
     state = (columns + np.uint32(purpose << 24)) * np.uint32(0x9E3779B9) + low

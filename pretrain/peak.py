@@ -67,6 +67,10 @@ DATASHEETS: dict[str, Datasheet] = {  # a device's is the first whose words are 
 }
 
 
+OTHERS = re.compile(r"\b(MIG|Laptop|Ti|SUPER|D)\b")
+"""Words of devices that are a part or a variant of those: they are measured."""
+
+
 class Peak(NamedTuple):
     """FLOP/s of all devices together, and where the number comes from."""
 
@@ -80,6 +84,8 @@ def datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
     Args:
         tf32: whether products of float32 matrices may use tensor cores.
     """
+    if OTHERS.search(name):
+        return None
     sheets = (s for part, s in DATASHEETS.items() if re.search(rf"\b{part}\b", name))
     sheet = next(sheets, None)
     if sheet is None or (dtype == torch.bfloat16 and not sheet.bfloat16):

@@ -36,7 +36,15 @@ def test_a_gpu_is_known_by_its_own_name(name: str, half: float) -> None:
     assert datasheet_peak(name, torch.float16, tf32=False) == half
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA H20", "NVIDIA GeForce GTX 1080", "AMD"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("NVIDIA A10G", "NVIDIA H20", "NVIDIA GeForce GTX 1080", "AMD"),
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"),
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
 def test_other_gpus_are_not_taken_for_known_ones(name: str) -> None:
     """A10G holds the name A10, H200 the name H20."""
     assert datasheet_peak(name, HALF, tf32=False) is None
