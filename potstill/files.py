@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,41 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+_SEAL = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+_ZEROS = b'"checksum": "' + b"0" * 64 + b'"'
+
+
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as JSON with a last field `checksum`, in which any changed byte shows.
+
+    It is the SHA-256 of the file itself, its own 64 digits taken as zeros.
+    """
+    text = json.dumps({**value, "checksum": "0" * 64}, indent=2, ensure_ascii=False) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    head, _, tail = text.encode().rpartition(_ZEROS)
+    write_bytes(path, head + _ZEROS.replace(b"0" * 64, digest.encode()) + tail)
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote, without the checksum.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not as it was written, or was never sealed.
+    """
+    content = path.read_bytes()
+    seals = list(_SEAL.finditer(content))
+    if not seals:
+        raise ValueError("it holds no checksum")
+    seal = seals[-1]  # the last field
+    plain = content[: seal.start()] + _ZEROS + content[seal.end() :]
+    if hashlib.sha256(plain).hexdigest() != seal[1].decode():
+        raise ValueError("it is damaged: its checksum does not fit")
+    value = json.loads(content)
+    del value["checksum"]
+    return value
 
 
 @contextmanager
