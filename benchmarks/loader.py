@@ -19,6 +19,7 @@ in its CPU time, which other programs hardly touch; workers, conversion and disk
 import argparse
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def repeated(source: Path, folder: Path, rows: int) -> Path:
     manifest, reader = read_manifest(source), ShardReader(source, TRAIN)
     dtype, files = token_dtype(manifest.vocab_size), []
     folder.mkdir()
-    (folder / "tokenizer").symlink_to((source / "tokenizer").resolve())
+    shutil.copytree(source / "tokenizer", folder / "tokenizer")
     for number, start in enumerate(progress(range(0, rows, SHARD_ROWS), desc="writing rows")):
         count = min(SHARD_ROWS, rows - start)
         taken = reader.read(np.arange(start, start + count) % (reader.rows - 1)).astype(dtype)

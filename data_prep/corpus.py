@@ -6,6 +6,7 @@ document and memory stays bounded.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ KINDS = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
 PIECE_CHARACTERS = 500  # a piece ends at the first paragraph end behind this many characters,
 LONGEST_PIECE = 16_000  # or at the last blank before this many
 # Cuts lie before a run of whitespace: no usual pre-tokenizer joins a word with what follows it.
+# What breaks a line of a message, or cannot be written as UTF-8 (bytes of a name that are not).
+_UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BLANK = re.compile(r".*\S(?=[ \n\t])", re.DOTALL)
 
 
@@ -39,6 +42,9 @@ class Source:
     kind: str
     path: Path | None = None
     dataset: DatasetName | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     def fragments(self, options: ReadOptions) -> Iterator[Fragment]:
         """The source's documents as fragments, in order."""
@@ -60,6 +66,16 @@ class Source:
             "dataset": list(vars(self.dataset).values()) if self.dataset else None,
             "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         }
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that a manifest or a message in one line cannot hold.
+
+    Raises:
+        InputError: it is empty, not UTF-8, or has a newline or another control character.
+    """
+    if not name or _UNSPEAKABLE.search(name):
+        raise InputError(f"{name!r} is empty, not UTF-8 or has a control character; rename it")
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
@@ -89,11 +105,12 @@ def check_apart(inputs: list[str], output: Path) -> None:
     Raises:
         InputError: `output` lies in a folder of `inputs`, is one, or holds one.
     """
-    place = output.resolve()
+    place = Path(os.path.realpath(output))  # unlike `resolve`, it takes circles of links
     for folder in filter(Path.is_dir, map(Path, inputs)):
-        if folder.resolve() in (place, *place.parents):
+        found = folder.resolve()
+        if found in (place, *place.parents):
             raise InputError(f"--output {output} lies inside the input {folder}; give another")
-        if place in folder.resolve().parents:
+        if place in found.parents:
             raise InputError(f"the input {folder} lies inside --output {output}; give another")
 
 
@@ -122,6 +139,8 @@ def _source(name: str, path: Path) -> Source:
     kind = _kind_of(path)
     if not kind:
         raise InputError(f"--input {name} is of no kind that is read: {KINDS}")
+    if not path.is_file():
+        raise InputError(f"--input {name} is no regular file; write it to one first")
     if kind == ".parquet" and path.suffix != ".parquet":
         raise InputError(
             f"--input {name} is compressed Parquet, which cannot be read in pieces (Parquet "

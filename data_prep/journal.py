@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,12 +25,16 @@ from data_prep.shard_format import (
     TRAIN,
     VALIDATION,
     ShardFile,
+    damage,
+    read_manifest,
     shard_image,
 )
+from potstill.console import progress
 from potstill.errors import InputError
-from potstill.files import write_bytes, write_json
+from potstill.files import read_sealed_json, write_bytes, write_sealed_json
 
 WORKING_FOLDER = ".sharding"
+DIGEST_BYTES = 32  # the journal's SHA-256, before what it holds
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Journal:
         self.output = output
         self.folder = output / WORKING_FOLDER
         self.learned_tokenizer = self.folder / "tokenizer"
-        self._journal = self.folder / "journal.npz"
+        self._journal = self.folder / "journal"
         self._settings = self.folder / "settings.json"
         self._lock: IO[str] | None = None
 
@@ -62,13 +67,15 @@ class Journal:
         """Whether the output holds the finished shards of these very settings.
 
         Raises:
-            InputError: the folder holds another run, or something else.
+            InputError: the folder holds another run, or something else, or is damaged.
         """
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"--output {self.output} is a file; give a folder")
         complete = (self.output / MANIFEST).exists()
         if complete or self._journal.exists():
             self._compare(settings)
+            if complete:
+                read_manifest(self.output)
         elif self.output.exists():
             foreign = [p.name for p in self.output.iterdir() if not _is_ours(p)]
             if foreign:
@@ -83,7 +90,7 @@ class Journal:
             raise InputError(
                 f"--output {self.output} holds shards whose settings are unknown; give another"
             )
-        earlier = json.loads(self._settings.read_bytes())
+        earlier = self._earlier()
         for name, wanted in _plain(settings).items():
             was = earlier.get(name)
             if was != wanted and not self._may_change(name, was, wanted, settings):
@@ -92,6 +99,18 @@ class Journal:
                     f"{_short(was, wanted)}, now {_short(wanted, was)}; "
                     "give another folder, or delete this one"
                 )
+
+    def _earlier(self) -> dict[str, Any]:
+        """The settings of the run that the folder holds."""
+        try:
+            return read_sealed_json(self._settings)
+        except (OSError, ValueError) as error:
+            raise self._damaged(self._settings, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> InputError:
+        return InputError(
+            f"{path} cannot be used ({error}); delete {self.output} and run the same command again"
+        )
 
     def _may_change(self, name: str, was: Any, wanted: Any, settings: dict[str, Any]) -> bool:
         """Whether all that is sharded so far is the same in spite of this difference.
@@ -117,7 +136,7 @@ class Journal:
             shards = {file.name for file in self.load()[0].shards}
             names = {self._journal.name, self._settings.name, self.learned_tokenizer.name}
             return {"lock"} | names | shards
-        if self._settings.exists() and json.loads(self._settings.read_bytes()) == _plain(settings):
+        if self._settings.exists() and self._earlier() == _plain(settings):
             return {"lock", self._settings.name, self.learned_tokenizer.name}
         return {"lock"}
 
@@ -144,7 +163,7 @@ class Journal:
         old = [path for path in self.folder.iterdir() if path.name not in kept]
         for path in old + [path for path in self.output.iterdir() if _is_left_over(path)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(self._settings, settings)
+        write_sealed_json(self._settings, settings)
 
     def add_shard(self, state: State, split: str, rows: np.ndarray) -> None:
         """Write a shard under its working name; it counts once the journal is saved."""
@@ -160,30 +179,57 @@ class Journal:
         image = io.BytesIO()
         encoded = np.frombuffer(json.dumps(asdict(state)).encode(), dtype=np.uint8)
         np.savez(image, state=encoded, **waiting)  # type: ignore[arg-type]
-        write_bytes(self._journal, image.getvalue())
+        content = image.getvalue()
+        write_bytes(self._journal, hashlib.sha256(content).digest() + content)
 
     def load(self) -> tuple[State, dict[str, np.ndarray]]:
-        """The last saved state and the waiting tokens; a fresh state without a journal."""
+        """The last saved state and the waiting tokens; a fresh state without a journal.
+
+        Raises:
+            InputError: the journal is not as it was written.
+        """
         if not self._journal.exists():
             return State(), {}
-        with np.load(self._journal) as arrays:
+        saved = self._journal.read_bytes()
+        digest, content = saved[:DIGEST_BYTES], saved[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            raise self._damaged(self._journal, ValueError("its checksum does not fit"))
+        with np.load(io.BytesIO(content)) as arrays:
             waiting = {split: arrays[split] for split in (TRAIN, VALIDATION)}
             fields = json.loads(arrays["state"].tobytes())
         fields["position"] = Position(**fields["position"])
         fields["shards"] = [ShardFile(**shard) for shard in fields["shards"]]
         return State(**fields), waiting
 
+    def check_shards(self, state: State) -> None:
+        """Compare the finished shards with their checksums, before a run goes on behind them.
+
+        Raises:
+            InputError: one is missing or damaged.
+        """
+        places = [
+            (self.folder, file) if (self.folder / file.name).exists() else (self.output, final)
+            for file, final in zip(state.shards, self._named(state), strict=True)
+        ]
+        for folder, file in progress(places, desc="checking shards", unit=" files", delay=5.0):
+            if fault := damage(folder, file):
+                raise InputError(fault)
+
     def name_shards(self, state: State) -> list[ShardFile]:
         """Give the shards their final names; may be repeated when it was interrupted."""
-        named = []
-        for split in (TRAIN, VALIDATION):
-            of_split = [file for file in state.shards if file.split == split]
-            for number, file in enumerate(of_split):
-                name = f"{split}-{number:05d}-of-{len(of_split):05d}.h5"
-                if (self.folder / file.name).exists():
-                    os.replace(self.folder / file.name, self.output / name)
-                named.append(ShardFile(name, split, file.rows, file.sha256))
-        return named
+        named = self._named(state)
+        for file, final in zip(state.shards, named, strict=True):
+            if (self.folder / file.name).exists():
+                os.replace(self.folder / file.name, self.output / final.name)
+        return [file for split in (TRAIN, VALIDATION) for file in named if file.split == split]
+
+    def _named(self, state: State) -> list[ShardFile]:
+        """The shards, in the order of the journal, with their final names."""
+        totals = Counter(file.split for file in state.shards)
+        return [
+            replace(file, name=f"{Path(file.name).stem}-of-{totals[file.split]:05d}.h5")
+            for file in state.shards
+        ]
 
     def close(self) -> None:
         """Drop what only a continuation needs; the settings stay."""

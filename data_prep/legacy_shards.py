@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_prep.corpus import Source, is_text, visible_files
 from data_prep.journal import Journal
 from data_prep.readers import ReadOptions
+from data_prep.row_maps import own_dataset
 from data_prep.shard_format import TRAIN, VALIDATION, Manifest, ShardFile, token_dtype
 from data_prep.sharding import Sharder, ShardPlan
 from potstill.console import progress
@@ -27,6 +28,8 @@ from potstill.errors import InputError
 KIND = ".hdf5"
 SUFFIXES = (".hdf5", ".h5")
 DATASETS = ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")
+# What h5py raises for bytes that HDF5 cannot make sense of.
+DAMAGED = (OSError, KeyError, ValueError, RuntimeError, TypeError, MemoryError)
 SLAB = 16_384  # rows read at once, about: 8 MiB of int32 at 128 tokens
 LEGACY_PACKING = (
     "rows as other scripts packed them, with their masks undone; of equal rows the first; "
@@ -180,19 +183,19 @@ def read_slabs(
             slab = chunk * max(1, least // chunk)
             for start in range(0, len(datasets["input_ids"]), slab):
                 yield start, {name: data[start : start + slab] for name, data in datasets.items()}
-    except OSError as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no whole HDF5 file ({reason}); fetch it again") from error
 
 
 def _checked(path: Path, file: Any, seq_length: int) -> dict[str, Any]:
-    missing = [name for name in DATASETS if not isinstance(file.get(name), h5py.Dataset)]
+    datasets = {name: own_dataset(path, file, name) for name in DATASETS}
+    missing = [name for name, data in datasets.items() if data is None]
     if missing:
         raise InputError(
             f"{path} has no dataset {', '.join(missing)}; wanted are shards of academic-budget "
             f"BERT's or NVIDIA's scripts, with {', '.join(DATASETS)}"
         )
-    datasets = {name: file[name] for name in DATASETS}
     for name, data in datasets.items():
         if data.ndim != 2 or data.dtype.kind not in "iub" or len(data) != len(file["input_ids"]):
             raise InputError(
@@ -223,7 +226,9 @@ def unmask(
     Raises:
         InputError: they were made with another tokenizer, or are damaged.
     """
-    rows, mask = slab["input_ids"].copy(), slab["input_mask"] != 0
+    rows, mask = slab["input_ids"].copy(), slab["input_mask"] == 1
+    if (slab["input_mask"][~mask] != 0).any():
+        raise InputError(f"{place} have an input_mask that is neither 0 nor 1; make the file again")
     row, slot = np.nonzero(slab["masked_lm_positions"])  # [CLS] at 0 is never masked: 0 is unused
     column = slab["masked_lm_positions"][row, slot]
     if column.size and not (column.min() > 0 and column.max() < rows.shape[1]):

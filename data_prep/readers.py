@@ -154,6 +154,11 @@ def _document(value: Any, place: str, options: ReadOptions) -> Fragment:
     return Fragment(value, ends=True)
 
 
+def _one_line(error: Exception) -> str:
+    """What a library says, which may be several lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def missing_column(place: object, options: ReadOptions, found: Any) -> InputError:
     """The error for a table without the wanted column."""
     return InputError(
@@ -169,8 +174,10 @@ def read_json_lines(path: Path, options: ReadOptions) -> Iterator[Fragment]:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number},"
             start, offset = offset, offset + len(line)
+            if not line.removeprefix(BOM).strip():
+                continue
             try:
-                fields = json.loads(line.removeprefix(BOM).decode()) if line.strip() else None
+                fields = json.loads(line.removeprefix(BOM).decode())
             except UnicodeDecodeError as error:
                 yield _bad_text(f"{place} byte offset {start + error.start},", options)
                 continue
@@ -179,8 +186,6 @@ def read_json_lines(path: Path, options: ReadOptions) -> Iterator[Fragment]:
                     f"{place} is not a JSON object ({error}); JSON lines are wanted, one object "
                     "a line (an array becomes that with: jq -c '.[]')"
                 ) from error
-            if fields is None:
-                continue
             if not isinstance(fields, dict):
                 raise InputError(f'{place} is not a JSON object; make it {{"text": …}}')
             if options.text_column not in fields:
@@ -195,7 +200,9 @@ def _open_parquet(path: Path, options: ReadOptions) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no whole Parquet file ({error}); fetch it again") from error
+        raise InputError(
+            f"{path} is no whole Parquet file ({_one_line(error)}); fetch it again"
+        ) from error
     if options.text_column not in file.schema_arrow.names:
         raise missing_column(path, options, file.schema_arrow.names)
     return file
@@ -219,7 +226,9 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Fragment]:
                     continue
                 yield _document(text, place, options)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged behind row {row} ({error}); fetch it again") from error
+        raise InputError(
+            f"{path} is damaged behind row {row} ({_one_line(error)}); fetch it again"
+        ) from error
     finally:
         file.close()
 
@@ -231,10 +240,6 @@ class DatasetName:
     name: str
     config: str | None
     split: str
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def read_dataset(dataset: DatasetName, options: ReadOptions) -> Iterator[Fragment]:

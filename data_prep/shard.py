@@ -5,14 +5,20 @@ python data_prep/shard.py --input corpus/ --tokenizer bert-base-uncased --output
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from data_prep.corpus import Position, Source, check_apart, find_sources, probe, read_pieces
+from data_prep.corpus import (
+    Position,
+    Source,
+    check_apart,
+    check_name,
+    find_sources,
+    probe,
+    read_pieces,
+)
 from data_prep.engines import ENGINES, check_engine, check_installed
 from data_prep.journal import Journal
 from data_prep.legacy_shards import Converter, find_legacy
@@ -29,11 +35,14 @@ from data_prep.tokenization import (
 )
 from potstill.console import program, progress, say
 from potstill.errors import InputError, PotstillError
+from potstill.signals import Signalled, Stopped, raised_signals
 
 INPUTS = (
     ".txt .jsonl .json .parquet, or folders of them; or HDF5 shards of academic-budget BERT's or "
     "NVIDIA's scripts, whose masks are undone"
 )
+KEPT = "finished shards are kept: run the same command again to go on"
+MOST_WORKERS = 1024
 LISTED_SOURCES = 20  # --info stays on a screen
 EXAMPLES = """\
 examples:
@@ -45,30 +54,6 @@ examples:
   python data_prep/shard.py --info shards/
 A run that was stopped goes on when the same command is given again.
 """
-
-
-class Signalled(BaseException):
-    """A signal came. No `Exception`: libraries that catch those would swallow it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class Stopped(PotstillError):
-    """The program ends for a signal; `outcome` says what is kept, and the remedy."""
-
-    def __init__(
-        self,
-        number: int,
-        outcome: str = "finished shards are kept: run the same command again to go on",
-    ) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {outcome}")
-        self.exit_status = 128 + number
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Signalled(number)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -138,22 +123,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=len(os.sched_getaffinity(0)),
         help="processes that tokenise text; the shards do not depend on it (default: all cores)",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if useless := useless_flags(args, parser):
+        parser.error(f"--{useless[0]} does nothing here; leave it out")
+    return args
+
+
+def useless_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Flags that were given and would be passed over."""
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.info or args.verify:
+        return sorted(given - {"info", "verify"})
+    return sorted(given & {"dataset_config", "split"}) if args.input else []
 
 
 @program
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
-    args = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for word in words:
+        check_name(word)
+    args = parse(words)
     try:
-        if args.info or args.verify:
-            look(args)
-        else:
-            shard(args)
+        with raised_signals():
+            if args.info or args.verify:
+                look(args)
+            else:
+                shard(args)
     except Signalled as signalled:
-        raise Stopped(signalled.number) from None
+        raise Stopped(signalled.number, KEPT) from None
+    except OSError as error:  # a path that cannot even be looked at
+        where, why = error.filename or "a path", error.strerror or error
+        raise InputError(f"{where} cannot be used: {why}; give another") from error
 
 
 def look(args: argparse.Namespace) -> None:
@@ -173,8 +174,8 @@ def shard(args: argparse.Namespace) -> None:
         raise InputError("--output is missing; give a folder for the shards")
     if args.tokenizer is None and args.train_tokenizer is None:
         raise InputError("give --tokenizer NAME_OR_DIR, or --train_tokenizer 30522 to learn one")
-    if args.workers < 1:
-        raise InputError(f"--workers is {args.workers}; give 1 or more")
+    if not 1 <= args.workers <= MOST_WORKERS:
+        raise InputError(f"--workers is {args.workers}; give 1 or more, at most {MOST_WORKERS}")
     plan = ShardPlan(args.seq_length, args.validation_fraction, args.rows_per_shard, args.seed)
     options = ReadOptions(args.text_column, args.document_per_file, args.on_bad_text)
     check_installed(args.engine)

@@ -5,10 +5,10 @@ more than 65,535 tokens), stored contiguously, so that rows are read by a memory
 dataset's place in the file. Layouts are written and read only here.
 """
 
-import json
 import mmap
-import resource
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,21 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_prep.row_maps import allow_open_files, map_dataset
+from data_prep.typed_json import build
+from potstill.console import progress
 from potstill.errors import InputError
-from potstill.files import sha256_of, write_json
+from potstill.files import read_sealed_json, sha256_of, write_sealed_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET = "input_ids"
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TRAIN, VALIDATION = "train", "validation"
+MOST_ROWS = 2**48
+MOST_TOKENS = 2**20  # a row: far above the positions of any encoder
+# No path, no control character, no half of a surrogate pair.
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,15 @@ def shard_image(rows: np.ndarray) -> bytes:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; the folder is complete from then on."""
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_sealed_json(folder / MANIFEST, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a folder of shards.
 
     Raises:
-        InputError: missing or malformed manifest, another format version, or a file name that
-            leaves the folder.
+        InputError: missing, not as it was written or malformed; another format version; a file
+            name that leaves the folder.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -110,47 +117,93 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is no finished folder of data_prep/shard.py"
         )
     try:
-        fields = json.loads(path.read_bytes())
-        version = fields["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is malformed ({error!r}); shard the corpus again") from error
-    if version != FORMAT_VERSION:
+        fields = read_sealed_json(path)
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"it has format version {version!r}, not {FORMAT_VERSION}")
+        manifest: Manifest = build(Manifest, fields, "the manifest")
+        _check_files(Path(folder), manifest)
+        _check_values(manifest)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}; "
-            "shard the corpus again"
-        )
+            f"{path} is damaged, malformed or of an older version ({error}); copy the folder "
+            "again, or shard the corpus again"
+        ) from error
+    return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for values that no folder of shards has."""
+    within = {
+        "seq_length": (3, MOST_TOKENS),
+        "vocab_size": (1, 2**32),
+        "documents": (1, 2**63),
+        "validation_fraction": (0, 1),
+        "rows_per_shard": (1, 2**63),
+    }
+    for name, (least, most) in within.items():
+        if not least <= getattr(manifest, name) <= most:
+            raise ValueError(f"{name} is {getattr(manifest, name)}")
+    if manifest.splits.keys() != {TRAIN, VALIDATION}:
+        raise ValueError(f"splits are {sorted(manifest.splits)}")
+    ids = manifest.special_ids
+    if ids.keys() != {"pad", "cls", "sep", "mask"} or max(ids.values()) >= manifest.vocab_size:
+        raise ValueError(f"special_ids are {ids}")
+    for name, size in manifest.splits.items():
+        rows = sum(file.rows for file in manifest.of_split(name))
+        if rows > MOST_ROWS:
+            raise ValueError(f"{name} has {rows} rows")
+        if size.rows != rows or size.tokens + size.padding != rows * manifest.seq_length:
+            raise ValueError(f"the rows and tokens of {name} do not add up")
+    for source in manifest.sources:
+        build(int, source.get("documents"), "documents of a source")
+        build(str, source.get("name"), "name of a source")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises ValueError for a file that is not the folder's own, or not described as it must be."""
+    names: set[str] = set()
+    tokenizer = f"{TOKENIZER_FOLDER}/"
+    lists = {
+        "files": ("", manifest.files),
+        "tokenizer_files": (tokenizer, manifest.tokenizer_files),
+    }
+    for field, (inside, files) in lists.items():
+        for number, file in enumerate(files):
+            place, plain = f"{field}[{number}]", file.name.removeprefix(inside)
+            leaves = not file.name.startswith(inside) or not _PLAIN_NAME.fullmatch(plain)
+            if leaves or _links_outside(folder, folder / file.name):
+                raise ValueError(f"{place}.name, {file.name!r}, leads outside the folder")
+            if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+                raise ValueError(f"{place}.sha256 is {file.sha256[:70]!r}")
+            if not inside and not (file.rows > 0 and file.split in (TRAIN, VALIDATION)):
+                raise ValueError(f"{place} has {file.rows} rows of {file.split!r}")
+            if file.name in names:
+                raise ValueError(f"{place}.name, {file.name!r}, stands there twice")
+            names.add(file.name)
+
+
+def _links_outside(folder: Path, path: Path) -> bool:
+    links = path.is_symlink() or (path.parent != folder and path.parent.is_symlink())
+    inside = Path(os.path.realpath(folder))  # unlike `resolve`, it takes circles of links
+    return links and inside not in Path(os.path.realpath(path)).parents
+
+
+def damage(folder: Path, file: ShardFile) -> str | None:
+    """What is wrong with a file by its checksum, for a message; None where nothing is."""
+    path = Path(folder) / file.name
     try:
-        manifest = _manifest_from(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is malformed ({error!r}); shard the corpus again") from error
-    _check_names(path, manifest)
-    return manifest
-
-
-def _manifest_from(fields: dict[str, Any]) -> Manifest:
-    splits = {name: SplitSize(**size) for name, size in fields.pop("splits").items()}
-    files = [ShardFile(**file) for file in fields.pop("files")]
-    tokenizer_files = [ShardFile(**file) for file in fields.pop("tokenizer_files")]
-    manifest = Manifest(splits=splits, files=files, tokenizer_files=tokenizer_files, **fields)
-    if {TRAIN, VALIDATION} - set(splits) or {"pad", "cls", "sep", "mask"} - set(
-        fields["special_ids"]
-    ):
-        raise ValueError("splits or special_ids are incomplete")
-    if manifest.seq_length < 3 or any(file.rows < 1 for file in files):
-        raise ValueError("a size is not positive")
-    for name, size in splits.items():
-        if size.rows != sum(file.rows for file in manifest.of_split(name)):
-            raise ValueError(f"the rows of {name} do not add up")
-    return manifest
-
-
-def _check_names(path: Path, manifest: Manifest) -> None:
-    for file in manifest.files + manifest.tokenizer_files:
-        name = Path(file.name)
-        if name.is_absolute() or ".." in name.parts:
-            raise InputError(
-                f"{path} names {file.name!r}, outside its folder; do not use this folder"
-            )
+        found = sha256_of(path)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error}); copy it again, or shard again"
+    if found == file.sha256:
+        return None
+    return (
+        f"{path} is corrupted: its SHA-256 is {found[:12]}…, the manifest has "
+        f"{file.sha256[:12]}…; delete the folder and shard again, or copy it again"
+    )
 
 
 def verify_files(folder: Path, manifest: Manifest, files: Iterable[ShardFile]) -> None:
@@ -159,17 +212,16 @@ def verify_files(folder: Path, manifest: Manifest, files: Iterable[ShardFile]) -
     Raises:
         InputError: a file is missing or its bytes changed.
     """
-    for file in files:
-        path = Path(folder) / file.name
-        try:
-            found = sha256_of(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); shard again") from error
-        if found != file.sha256:
-            raise InputError(
-                f"{path} is corrupted: its SHA-256 is {found[:12]}…, the manifest has "
-                f"{file.sha256[:12]}…; delete the folder and shard again, or copy it again"
-            )
+    if faults := list(damaged_files(folder, files).values()):
+        others = f" (and {len(faults) - 1} more files)" if faults[1:] else ""
+        raise InputError(f"{faults[0]}{others}")
+
+
+def damaged_files(folder: Path, files: Iterable[ShardFile]) -> dict[str, str]:
+    """What is wrong with the files that do not have their checksums, by name."""
+    checked = progress(list(files), desc="checking files", unit=" files", delay=5.0)
+    faults = {file.name: damage(folder, file) for file in checked}
+    return {name: fault for name, fault in faults.items() if fault is not None}
 
 
 class ShardReader:
@@ -177,23 +229,35 @@ class ShardReader:
 
     Survives fork and pickling: only names and sizes travel.
 
+    Args:
+        left_out: names of bad shards. In training each of their rows is replaced by one of a good
+            shard, always the same one, so that all other rows keep their numbers. In validation
+            they are dropped: no row is to count twice in a mean.
+
     Raises:
         InputError: no rows of that split, or a file that does not hold what the manifest says.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, left_out: Set[str] = frozenset()) -> None:
         manifest = read_manifest(folder)
         self.folder = Path(folder)
         self.split = split
         self.seq_length = manifest.seq_length
         self._dtype = token_dtype(manifest.vocab_size)
-        self._files = manifest.of_split(split)
+        files = manifest.of_split(split)
+        good = [file for file in files if file.name not in left_out]
+        self._files = files if split == TRAIN else good
         self._starts = np.cumsum([0] + [file.rows for file in self._files])
+        self._bad = np.array([file.name in left_out for file in self._files], bool)
         self._maps: dict[int, np.memmap[Any, Any]] = {}
-        if not self._files:
+        if not files:
             raise InputError(
                 f"{folder} has no {split} rows; shard a corpus of two documents or more "
                 "with --validation_fraction above 0"
+            )
+        if not good:
+            raise InputError(
+                f"every {split} shard in {folder} is bad; copy the folder again, or shard again"
             )
 
     @property
@@ -212,6 +276,7 @@ class ShardReader:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"row numbers must lie in [0, {self.rows})")
+        rows = self._replaced(rows)
         out = np.empty((len(rows), self.seq_length), dtype=np.int64)
         order = np.argsort(rows)  # each shard once, its pages in sequence
         ends = np.searchsorted(rows[order], self._starts)
@@ -224,12 +289,27 @@ class ShardReader:
             out[places] = np.asarray(self._map(int(shard)))[rows[places] - self._starts[shard]]
         return out
 
+    def _replaced(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of rows that can be read: the n-th bad row is the n-th good one, cyclically.
+
+        Neighbours stay neighbours, and no good row stands in much more often than another.
+        """
+        if not self._bad.any():
+            return rows
+        sizes = np.diff(self._starts)
+        good_starts = np.cumsum([0, *np.where(self._bad, 0, sizes)])
+        bad_starts = np.cumsum([0, *np.where(self._bad, sizes, 0)])
+        shards, inside = self._places(rows)
+        wanted = (bad_starts[shards] + inside) % good_starts[-1]
+        found = np.searchsorted(good_starts, wanted, side="right") - 1
+        return np.where(self._bad[shards], self._starts[found] + wanted - good_starts[found], rows)
+
     def expect(self, firsts: np.ndarray, count: int) -> None:
         """Let the kernel read `count` rows from each of `firsts` (n,) on ahead of their use.
 
         A hint: nothing waits, and of rows that go on in another shard only the first part is read.
         """
-        for shard, first in zip(*self._places(firsts), strict=True):
+        for shard, first in zip(*self._places(self._replaced(firsts)), strict=True):
             mapped = self._map(int(shard))
             row_bytes = mapped.strides[0]
             start = mapped.offset % mmap.ALLOCATIONGRANULARITY + int(first) * row_bytes
@@ -246,35 +326,6 @@ class ShardReader:
         if shard not in self._maps:
             file = self._files[shard]
             shape = (file.rows, self.seq_length)
-            _allow_open_files(len(self._files))
-            self._maps[shard] = _map_dataset(self.folder / file.name, shape, self._dtype)
+            allow_open_files(len(self._files))
+            self._maps[shard] = map_dataset(self.folder / file.name, DATASET, shape, self._dtype)
         return self._maps[shard]
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raise the process's own limit as far as it may: a memory map holds its file open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * shards + 512  # both splits, and what else the process opens
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-
-
-def _map_dataset(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> "np.memmap[Any, Any]":
-    """A read-only map of the dataset's bytes (HDF5 itself only tells where they start)."""
-    try:
-        with h5py.File(path, "r") as file:
-            dataset = file[DATASET]
-            found, offset = (dataset.shape, dataset.dtype), dataset.id.get_offset()
-        if found != (shape, dtype) or offset is None:
-            raise InputError(
-                f"{path} holds {found}, the manifest says {(shape, dtype)}; shard again"
-            )
-        mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
-        # Else the kernel reads up to megabytes around every row; `expect` says what will be used.
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-        return mapped
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); check it with data_prep/shard.py --verify"
-        ) from error

@@ -23,6 +23,7 @@ from data_prep.shard_format import (
 )
 from data_prep.tokenization import (
     encoder_settings,
+    save_tokenizer,
     special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
@@ -31,6 +32,9 @@ from data_prep.workers import tokenize
 from potstill.console import progress
 from potstill.errors import InputError
 from potstill.files import sha256_of, whole_folder
+
+MOST_ROWS = 2**31  # of a shard: its rows are held in memory
+LONGEST_ROW = 65_536  # tokens; no encoder here reads nearly as many
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,18 @@ class ShardPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seq_length < 8:
-            raise InputError(f"--seq_length is {self.seq_length}; give 8 or more")
+        if not 8 <= self.seq_length <= LONGEST_ROW:
+            raise InputError(
+                f"--seq_length is {self.seq_length}; give 8 or more, at most {LONGEST_ROW}"
+            )
         if not 0 <= self.validation_fraction < 1:
             raise InputError(
                 f"--validation_fraction is {self.validation_fraction}; give 0 or more, below 1"
             )
-        if self.rows_per_shard < 1:
-            raise InputError(f"--rows_per_shard is {self.rows_per_shard}; give 1 or more")
+        if not 1 <= self.rows_per_shard <= MOST_ROWS:
+            raise InputError(
+                f"--rows_per_shard is {self.rows_per_shard}; give 1 or more, at most {MOST_ROWS}"
+            )
         if not 0 <= self.seed < 2**64:
             raise InputError(f"--seed is {self.seed}; give 0 or more, below 2^64")
 
@@ -88,6 +96,7 @@ class Sharder:
         self.ids = special_ids(tokenizer)
         self.state, waiting = journal.load()
         self.continues = bool(self.state.shards)
+        journal.check_shards(self.state)
         self.state.documents_by_source += [0] * (len(sources) - len(self.state.documents_by_source))
         self.packers = {}
         for split in (TRAIN, VALIDATION):
@@ -174,7 +183,7 @@ class Sharder:
         """Name the shards, add the tokenizer, and last of all the manifest."""
         output = self.journal.output
         with whole_folder(output / TOKENIZER_FOLDER) as folder:
-            self.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.tokenizer, folder)
         tokenizer_files = [
             ShardFile(f"{TOKENIZER_FOLDER}/{path.name}", "", 0, sha256_of(path))
             for path in sorted((output / TOKENIZER_FOLDER).iterdir())

@@ -16,6 +16,7 @@ from potstill.errors import InputError
 from potstill.files import whole_folder, write_json
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LARGEST_VOCABULARY = 10_000_000
 EncoderSettings = tuple[str, dict[str, int]]  # tokenizer.json, forbidden ids by token
 
 
@@ -58,6 +59,20 @@ def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Any:
         )
     special_ids(tokenizer)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files into a folder.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk: the library raises a bare Exception
+        raise OSError(str(error)) from error
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
@@ -180,8 +195,11 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], vocab_size: int, folder:
     Raises:
         InputError: `vocab_size` is too small for the letters alone, or there is no text.
     """
-    if vocab_size < 200:
-        raise InputError(f"--train_tokenizer is {vocab_size}; give 200 or more (BERT has 30522)")
+    if not 200 <= vocab_size <= LARGEST_VOCABULARY:
+        raise InputError(
+            f"--train_tokenizer is {vocab_size}; give 200 or more, at most {LARGEST_VOCABULARY} "
+            "(BERT has 30522)"
+        )
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     model.normalizer = normalizers.BertNormalizer(lowercase=True)
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -5,6 +5,7 @@ A folder's own Python code never runs: without `trust_remote_code=False` the lib
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data_prep.tokenization import load_tokenizer, vocabulary_size
 from finetune.tasks import Rows
 from potstill.errors import InputError
 from potstill.files import sha256_of, whole_folder
+from pretrain.model_folder import check_model_folder, check_size
 from pretrain.models import UNTRAINED
 
 FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model"}
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+OF_A_LAYER = re.compile(r"\.layers?\.\d+\.")
+LONGEST_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -51,33 +53,41 @@ def output_names(folder: Path) -> tuple[str, ...] | None:
         InputError: the folder has no readable config.json.
     """
     config = _config(folder)
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    classes = config.architectures
+    if not (isinstance(classes, list) and str(classes[:1]).endswith("ForSequenceClassification']")):
         return None
-    return tuple(config.id2label[index] for index in range(config.num_labels))
+    try:
+        return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    except KeyError as error:
+        raise InputError(
+            f"--model {folder}: id2label in config.json has no name for output {error}; "
+            "save or copy the model again"
+        ) from error
 
 
 def potstill_facts(folder: Path) -> dict[str, Any]:
     """What Potstill wrote beside a distilled model (potstill.json); empty for other models.
 
     Raises:
-        InputError: the file is there but no JSON.
+        InputError: the file is there but holds no JSON object.
     """
     path = folder / "potstill.json"
     if not path.exists():
         return {}
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise _unusable(folder, "potstill.json cannot be read", error) from error
+    if not isinstance(facts, dict):
+        raise InputError(f"--model {folder}: potstill.json is no JSON object; copy it again")
     return facts
 
 
 def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--model {folder}: no config.json; give the folder of a model")
+    check_model_folder(folder, "--model")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNREADABLE as error:
+    except Exception as error:  # a wrong value raises whatever its first use happens to raise
         raise _unusable(folder, "config.json cannot be used", error) from error
 
 
@@ -95,9 +105,11 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
 
     Raises:
         InputError: a file is missing or damaged, the tokenizer has more words than the model
-            embeds, encoder weights are missing, or the model is too short for `max_length`.
+            embeds, encoder weights are missing or not finite, the model is too short for
+            `max_length`, or it cannot compute a row.
     """
     config = _config(folder)
+    _check_size(folder, config)
     tokenizer = load_tokenizer(folder)
     _check_vocabulary(folder, tokenizer, config)
     transformers.set_seed(seed)
@@ -112,11 +124,27 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
                 dtype=torch.float32,  # the library's default is the file's own, be it bfloat16
                 output_loading_info=True,
                 trust_remote_code=False,
+                use_safetensors=True,
+                output_hidden_states=False,  # the config may ask for what the Trainer cannot pad
+                output_attentions=False,
             )
-    except UNREADABLE as error:
+    except Exception as error:  # as for the config
         raise _unusable(folder, "cannot be loaded", error) from error
     _check_positions(model, max_length)
-    return Classifier(model, tokenizer, _fresh(folder, model, loading["missing_keys"]))
+    fresh = _fresh(folder, model, loading["missing_keys"])
+    _check_weights(folder, model, loading["unexpected_keys"])
+    classifier = Classifier(model, tokenizer, fresh)
+    _check_a_row(folder, classifier, max_length)
+    return classifier
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    try:
+        check_size(folder, config, "--model")
+    except InputError:
+        raise
+    except Exception as error:  # as for the config
+        raise _unusable(folder, "config.json cannot be used", error) from error
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any, config: Any) -> None:
@@ -150,6 +178,44 @@ def _fresh(folder: Path, model: Any, missing: set[str]) -> tuple[str, ...]:
     return tuple(sorted(missing))
 
 
+def _check_weights(folder: Path, model: Any, unexpected: set[str]) -> None:
+    beyond = sorted(name for name in unexpected if OF_A_LAYER.search(name))
+    if beyond:
+        raise InputError(
+            f"--model {folder}: {len(beyond)} weights belong to layers that config.json does not "
+            f"have, {beyond[0]} first; save or copy the model again"
+        )
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise InputError(
+                f"--model {folder}: {name} holds numbers that are not finite; "
+                "save or copy the model again"
+            )
+
+
+def _check_a_row(folder: Path, classifier: Classifier, max_length: int) -> None:
+    """Compute one short pair: settings that no reader checks fail here, not after minutes."""
+    needed = classifier.tokenizer.num_special_tokens_to_add(pair=True) + 2
+    if max_length < needed:
+        raise InputError(
+            f"--max_length {max_length}: two texts and the special tokens need {needed}; "
+            f"give {needed} or more"
+        )
+    model = classifier.model.train()  # dropout has settings too
+    try:
+        row = classifier.tokenizer(
+            "a", "b", return_tensors="pt", **_tokenizing(classifier, max(LONGEST_PROBE, needed))
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            finite = model(**row).logits.isfinite().all()
+    except Exception as error:  # as for the config
+        raise _unusable(folder, "cannot compute a row of text", error) from error
+    if not finite:
+        raise InputError(
+            f"--model {folder}: its outputs are not finite; save or copy the model again"
+        )
+
+
 def _check_positions(model: Any, max_length: int) -> None:
     embedding = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if embedding is None:  # relative positions have no limit
@@ -165,15 +231,13 @@ def _check_positions(model: Any, max_length: int) -> None:
 
 
 def _unusable(folder: Path, what: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return InputError(f"--model {folder}: {what} ({reason}); save or copy the model again")
 
 
 def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_length: int) -> Dataset:
     """Token ids of every row, cut to `max_length` and not yet padded, with `labels` (rows,)."""
-    settings: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
-    if getattr(classifier.model.config, "type_vocab_size", 0) < 2:
-        settings["return_token_type_ids"] = False  # RoBERTa has no second type to embed
+    settings = _tokenizing(classifier, max_length)
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
         return classifier.tokenizer(*(batch[name] for name in columns), **settings)
@@ -182,6 +246,13 @@ def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_leng
     texts = dict(zip(columns, zip(*rows.texts, strict=True), strict=True))
     table = Dataset.from_dict({**texts, "labels": list(labels)})
     return table.map(tokenize, batched=True, remove_columns=columns, desc="tokenising")
+
+
+def _tokenizing(classifier: Classifier, max_length: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
+    if getattr(classifier.model.config, "type_vocab_size", 0) < 2:
+        settings["return_token_type_ids"] = False  # RoBERTa has no second type to embed
+    return settings
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

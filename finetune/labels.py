@@ -1,6 +1,5 @@
 """Labels by name: read from the data, put into one order, checked against the model's names."""
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from potstill.errors import InputError
 Labels = list[str] | list[float]  # names of classes, or the numbers of a regression
 UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls the classes of an unnamed head
 MOST_NAMES = 12  # in an error message
+LARGEST = 1e15  # of a regression: its square must be a float32
 
 
 def read_labels(rows: Dataset, where: str, regression: bool) -> Labels:
@@ -51,8 +51,8 @@ def _number(value: Any, row: int, where: str) -> float:
         raise InputError(
             f"{where}: row {row} has label {value!r}, not a number; a regression needs numbers"
         ) from error
-    if not math.isfinite(number):
-        raise InputError(f"{where}: row {row} has label {value!r}; give a finite number")
+    if not abs(number) <= LARGEST:
+        raise InputError(f"{where}: row {row} has label {value!r}; give numbers up to {LARGEST:g}")
     return number
 
 
@@ -63,13 +63,14 @@ def order_of(rows: Dataset, labels: Sequence[str], where: str) -> tuple[str, ...
         InputError: there is but one class.
     """
     feature = rows.features["label"]
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    names = set(labels)
+    named = isinstance(feature, ClassLabel)
+    names = set(feature.names if named else labels)
     if len(names) < 2:
         raise InputError(
             f"{where}: every label is {shown(sorted(names))}; give two classes or more"
         )
+    if named:
+        return tuple(feature.names)
     integers = all(re.fullmatch(r"[+-]?\d+", name) for name in names)
     return tuple(sorted(names, key=int if integers else None))
 

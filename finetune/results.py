@@ -7,13 +7,17 @@ OUTPUT/result.json     scores; written last, so that its presence says that all 
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import InputError
+from safetensors import SafetensorError
+
+from potstill.errors import InputError, TrainingError
 from potstill.files import write_json, write_text
 
 PLACES = ("model", "data", "train_file", "validation_file")  # may move; the fingerprints may not
@@ -34,31 +38,84 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Write log.jsonl, then result.json: with it the run counts as finished."""
-    write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-    write_json(folder / "result.json", result)
+    """Write log.jsonl, then result.json: with it the run counts as finished.
+
+    Raises:
+        TrainingError: the disk is full, or the folder cannot be written.
+    """
+    with writing(folder):
+        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        write_json(folder / "result.json", result)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What cannot be written ends the run with a line.
+
+    Raises:
+        TrainingError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{folder}: cannot be written ({error}); make room there and start the same "
+            "command again"
+        ) from error
+
+
+def check_output(folder: Path) -> None:
+    """Find out before anything long whether a run can live in `folder`.
+
+    Raises:
+        InputError: it cannot be written, it holds other files, or a run whose files are damaged.
+    """
+    places = (folder, *folder.absolute().parents)
+    try:
+        there = next(place for place in places if _exists(place))
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; give another folder") from error
+    if not there.is_dir():
+        raise InputError(f"--output {folder}: {there} is no folder; give another one")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--output {folder}: the folder cannot be written; give another one")
+    if (folder / "config.json").exists():
+        _read_json(folder / "config.json")
+        read_result(folder)
+    elif folder.exists() and not _only_leftovers(folder):
+        raise InputError(
+            f"--output {folder}: not empty and not a fine-tuning run; give a new folder"
+        )
+
+
+def _exists(place: Path) -> bool:
+    """`Path.exists`, which tells nothing of a name that is too long."""
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def claim(folder: Path, config: Mapping[str, Any]) -> None:
     """Make `folder` this run's, or find that it already is; clears what a killed run left.
 
     Raises:
-        InputError: it holds another run (the differing settings are named) or other files.
+        InputError: as `check_output`, or it holds another run: the differing settings are named.
+        TrainingError: it cannot be written.
     """
+    check_output(folder)
     path = folder / "config.json"
     if path.exists():
         _same_run(folder, _read_json(path), json.loads(json.dumps(config)))
-    elif folder.exists() and not _only_leftovers(folder):
-        raise InputError(
-            f"--output {folder}: not empty and not a fine-tuning run; give a new folder"
-        )
     else:
-        write_json(path, config)
+        with writing(folder):
+            write_json(path, config)
     _remove_leftovers(folder)
 
 
 def _only_leftovers(folder: Path) -> bool:
-    return folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
+    return all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -87,7 +144,7 @@ def _same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the folder") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; remove the folder")

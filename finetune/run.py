@@ -34,23 +34,26 @@ from finetune.training import (
     scores_by_epoch,
 )
 from potstill.console import program, say
+from potstill.secrets import redacted
 from pretrain.environment import describe_environment
 
 Labels = Mapping[str, Sequence[int] | Sequence[float]]
 
 
 @program
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune as the command line says; `arguments` stands in for it."""
     run, data_settings, settings = parse(arguments)
     use_one_device()
     model_folder, output = Path(run.model), Path(run.output)
+    results.check_output(output)
 
     data = load(data_settings)
     order = data.order_for(output_names(model_folder))
     labels = data.numbered(order)
     classifier = load_classifier(model_folder, order, data_settings.max_length, settings.seed)
     classifier.check_epochs(settings.epochs)
+    origin = potstill_facts(model_folder)
     config = describe(run, data_settings, settings, data)
     results.claim(output, config)
     if results.read_result(output) is not None:
@@ -65,13 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = make_trainer(classifier, encoded, make_scorer(data, order), settings, output)
     seconds = fine_tune(trainer, settings.epochs)
     if run.save_model:
-        save_classifier(classifier, output / "model")
+        with results.writing(output):
+            save_classifier(classifier, output / "model")
 
     result = {
         "model": run.model,
         "task": data.task.name,
         "settings": config,
-        **facts(classifier, model_folder, data, order),
+        "potstill": redacted(origin),
+        **facts(classifier, data, order),
         **volume(encoded, seconds, settings.epochs, data_settings.max_length),
         **scores_by_epoch(trainer, data),
         "majority": baselines(data, labels, order),
@@ -114,12 +119,9 @@ def announce(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> 
         say(f"starting untrained: {', '.join(classifier.fresh_parameters)}")
 
 
-def facts(
-    classifier: Classifier, model_folder: Path, data: TaskData, order: tuple[str, ...]
-) -> dict[str, Any]:
+def facts(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> dict[str, Any]:
     """What the result says of model and data."""
     return {
-        "potstill": potstill_facts(model_folder),
         "parameters": sum(weights.numel() for weights in classifier.model.parameters()),
         "fresh_parameters": list(classifier.fresh_parameters),
         "source": data.source,

@@ -1,13 +1,16 @@
 """What a run is told on the command line: one dataclass per concern, checked at once."""
 
-import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
 from potstill.errors import InputError
+
+MOST = 2**31 - 1  # what counts rows and tokens in the libraries
+LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -54,7 +57,7 @@ class DataSettings:
                 "--regression is for your own files; --task stsb is a regression as is"
             )
         for name in ("max_length", "max_train_rows", "max_validation_rows"):
-            _at_least(name, getattr(self, name), 1)
+            _between(name, getattr(self, name), 1, MOST)
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,23 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("epochs", self.epochs, 0)
-        _at_least("seed", self.seed, 0)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"--lr {self.lr}: give a positive number, for example 3e-5")
+        _between("batch_size", self.batch_size, 1, 1_000_000)
+        _between("epochs", self.epochs, 0, 100_000)
+        _between("seed", self.seed, 0, LARGEST_SEED)
+        if not 0 < self.lr <= 1:
+            raise InputError(f"--lr {self.lr}: give a number above 0 and up to 1, such as 3e-5")
         if not 0 <= self.warmup < 1:
             raise InputError(f"--warmup {self.warmup}: give a share of the updates, 0 <= share < 1")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(
-                f"--weight_decay {self.weight_decay}: give a number that is not negative"
-            )
+        if not 0 <= self.weight_decay <= 100:
+            raise InputError(f"--weight_decay {self.weight_decay}: give a number from 0 to 100")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InputError(f"--{name} {value}: give {least} or more")
+def _between(name: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise InputError(f"--{name} {value}: give a number from {least} to {most}")
 
 
-def parse(arguments: list[str] | None) -> tuple[RunSettings, DataSettings, TrainSettings]:
+def parse(arguments: Sequence[str] | None) -> tuple[RunSettings, DataSettings, TrainSettings]:
     """Read the command line (`None`: of this process).
 
     Raises:
@@ -103,11 +104,18 @@ def parse(arguments: list[str] | None) -> tuple[RunSettings, DataSettings, Train
         allow_abbrev=False,
     )
     run, data, train, unknown = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True
+        None if arguments is None else list(arguments),
+        look_for_args_file=False,
+        return_remaining_strings=True,
     )
+    for text in (run.model, run.output, data.data, data.train_file, data.validation_file):
+        if text is not None and not text.isprintable():
+            raise InputError(
+                f"{text!r}: a path with a line break or bytes that are no UTF-8; rename it"
+            )
     if unknown:
         raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
-    if not Path(run.model).is_dir():
+    if not os.path.isdir(run.model):
         raise InputError(
             f"--model {run.model}: no such folder; give a folder with config.json, "
             "model.safetensors and a tokenizer"

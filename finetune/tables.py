@@ -3,18 +3,20 @@
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from potstill.errors import InputError
 
-INTEGER = re.compile(r"[+-]?\d+")
+INTEGER = re.compile(r"[+-]?\d{1,18}")  # fits 64 bits
+LONGEST_TEXT = 1_000_000  # characters: a tokenizer takes a hundred times as many bytes for a text
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> Dataset:
@@ -23,7 +25,7 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Dataset:
     Raises:
         InputError: the file is missing, empty, damaged or of an unknown kind.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     if path.suffix not in READERS:
         raise InputError(f"{path}: unknown kind {path.suffix!r}; give {', '.join(READERS)}")
@@ -40,18 +42,49 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Dataset:
     return rows
 
 
+def _check_names(path: Path, names: Sequence[str], columns: tuple[str, ...]) -> None:
+    for name in columns:
+        if names.count(name) > 1:
+            raise InputError(
+                f"{path}: {names.count(name)} columns are called {name!r}; keep one of them"
+            )
+
+
 def _read_parquet(path: Path, columns: tuple[str, ...]) -> Dataset:
     try:
-        schema = pyarrow.parquet.read_schema(path)
-        wanted = [name for name in columns if name in schema.names]
-        table = pyarrow.parquet.read_table(path, columns=wanted)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        # through a file object: a path makes pyarrow look for partitions in folders' names
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            _check_names(path, names, columns)
+            table = file.read(columns=[name for name in columns if name in names])
+            table.validate(full=True)  # of damaged offsets nobody else would notice
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
         raise InputError(
             f"{path}: not a whole Parquet file ({reason}); copy or make it again"
         ) from error
-    # The schema's metadata carries the names of a ClassLabel.
-    return Dataset(table)
+    return Dataset(pa.table(table, schema=_plain_schema(path, table.schema)))
+
+
+def _plain_schema(path: Path, schema: pa.Schema) -> pa.Schema:
+    """The columns' types, with the names of a ClassLabel and nothing else of the metadata.
+
+    Other types of the library, such as images, would open files that the rows name.
+    """
+    try:
+        features = Features.from_arrow_schema(schema)
+    except Exception as error:  # whatever the library makes of metadata that anybody may write
+        raise InputError(
+            f"{path}: its schema's description of the columns is damaged "
+            f"({type(error).__name__}: {error}); write the file again"
+        ) from error
+    for name, feature in features.items():
+        if not isinstance(feature, Value | ClassLabel):
+            raise InputError(
+                f"{path}: column {name!r} is {feature}; give text, and labels that are "
+                "strings, integers or floats"
+            )
+    return features.arrow_schema
 
 
 def _text(path: Path) -> str:
@@ -64,6 +97,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Dataset:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
+        _check_names(path, header, columns)
         kept = {name: header.index(name) for name in columns if name in header}
         found = {name: [] for name in kept}
         for row in reader:
@@ -89,21 +123,30 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Dataset:
     kept = [name for name in columns if rows and name in rows[0]]
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in kept})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise InputError(
-            f"{path}: a column mixes kinds of values ({error}); use one kind"
+            f"{path}: a column mixes kinds of values, or has one that no column can hold "
+            f"({error}); use one kind"
         ) from error
 
 
 def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: line {number} is not JSON ({error}); mend it") from error
     if not isinstance(row, dict):
         raise InputError(
             f'{path}: line {number} is not an object such as {{"sentence": "…", "label": "…"}}'
         )
+    return row
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands twice the parser would keep the last value only."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a name stands twice in an object")
     return row
 
 

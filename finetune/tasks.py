@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import Dataset, Value, load_dataset
 
 from finetune.labels import Labels, model_order, number, order_of, read_labels
 from finetune.settings import DataSettings
-from finetune.tables import read_rows
+from finetune.tables import LONGEST_TEXT, read_rows
 from potstill.console import say
 from potstill.errors import InputError
 from potstill.files import sha256_of
@@ -119,7 +120,7 @@ def load(settings: DataSettings) -> TaskData:
 
 def _local_paths(task: Task, data: Path) -> dict[str, Path]:
     folder = data / task.name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(
             f"--data {data}: no folder {task.name}/ in it; give the folder that holds "
             f"{task.name}/train.parquet"
@@ -135,10 +136,11 @@ def _local_paths(task: Task, data: Path) -> dict[str, Path]:
 def _from_hub(task: Task) -> dict[str, Dataset]:
     try:
         found = load_dataset(HUB, task.name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the ways in which a network and a hub can fail
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{HUB} {task.name} cannot be loaded from the hub "
-            f"({str(error).splitlines()[0]}); give --data with local files"
+            f"{HUB} {task.name} cannot be loaded from the hub ({reason}); "
+            "give --data with local files"
         ) from error
     return {split: found[split] for split in ("train", *task.validations)}
 
@@ -200,7 +202,12 @@ def _rows(task: Task, table: Dataset, where: str) -> Rows:
     for row, parts in enumerate(texts):
         if not all(isinstance(part, str) for part in parts):
             raise InputError(
-                f"{where}: row {row} has {parts} where a text belongs; mend or drop it"
+                f"{where}: row {row} has {str(parts)[:200]} where a text belongs; mend or drop it"
+            )
+        if max(map(len, parts)) > LONGEST_TEXT:
+            raise InputError(
+                f"{where}: row {row} has a text of {max(map(len, parts))} characters; "
+                f"cut it to {LONGEST_TEXT} or fewer"
             )
     labels = read_labels(table, where, task.regression)
     if not task.regression and labels and isinstance(labels[0], float):

@@ -97,10 +97,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in [*beside.rglob("*"), beside]:
+            handle = os.open(file, os.O_RDONLY)  # a folder too: its names must be durable
+            os.fsync(handle)
+            os.close(handle)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.replace(path, old)
@@ -109,6 +109,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _flush_folder(path.parent)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a process that was killed left this behind while it wrote something else."""
+    return path.name.startswith(".") and path.suffix in (".part", ".old")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove all leftovers at any depth; whoever calls it must hold the folder."""
+    for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

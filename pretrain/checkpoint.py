@@ -1,24 +1,39 @@
-"""Checkpoints: DeepSpeed's own files, and a mark that says they are whole.
+"""Checkpoints: the whole state in safetensors, and a sealed record with a checksum of every file.
 
-A folder `step-00000500` holds what `engine.save_checkpoint` writes; `complete.json` is written
-last, atomically, so a folder without it is the leftover of a run that was killed while saving.
-Order, masks and dropout are pure functions of the step, so no random state needs saving.
+A folder `step-00000500` holds
+
+    weights.safetensors     float32 master weights, projections, contrastive memory, frozen parts
+    optimizer.safetensors   the optimiser's states, by STATE/PARAMETER
+    checkpoint.json         progress, loss scale, identity of the run, the probe's losses, checksums
+
+It appears by being renamed, so that one that is there is whole, and it is independent of world
+size and ZeRO stage: a student's state is small enough to stand in one place, and DeepSpeed's own
+files, pickles cut by rank, open only on as many ranks and under the stage that wrote them. Order,
+masks and dropout are pure functions of seed and step, which stand in the record: there is no random
+state, nor a position in the data, to save besides.
 """
 
-import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from potstill.console import is_main_rank
+from potstill.console import is_main_rank, say
 from potstill.errors import InputError
-from potstill.files import write_json
+from potstill.files import read_sealed_json, sha256_of, whole_folder, write_sealed_json
+from pretrain.engine_state import EngineState
 
-MARK = "complete.json"
+RECORD = "checkpoint.json"
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+FORMAT = 1
+_GROUPS = {WEIGHTS: ("weights", "buffers", "frozen"), OPTIMIZER: ("moments",)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,8 @@ class Progress:
     Attributes:
         step: finished steps. tokens, flops: of all ranks so far. seconds: of training.
         validated: the step of the last validation, -1 for none.
+        skipped_in_a_row: the last updates that were left out because they were not finite.
+        rolled_back: how often the run went back to an earlier checkpoint.
     """
 
     step: int = 0
@@ -35,102 +52,192 @@ class Progress:
     flops: float = 0.0
     seconds: float = 0.0
     validated: int = -1
+    skipped_in_a_row: int = 0
+    rolled_back: int = 0
 
 
-def save_checkpoint(engine: Any, folder: Path, progress: Progress) -> Path:
-    """Save engine and progress; all ranks call it."""
-    name = f"step-{progress.step:08d}"
-    whole = folder / name in whole_checkpoints(folder)
-    dist.barrier()
-    if whole:  # only a validation came since: the weights are the same
-        if is_main_rank():
-            _mark(folder / name, progress)
-        return folder / name
-    if is_main_rank():
-        shutil.rmtree(folder / name, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
-    dist.barrier()
-    if is_main_rank():
-        _mark(folder / name, progress)
-    return folder / name
+@dataclass(frozen=True)
+class Record:
+    """What `checkpoint.json` says.
+
+    Attributes:
+        progress: where the run was. world_size, zero_stage: how it ran; it may go on otherwise.
+        identity: of the run, from `run_folder.identity_of`.
+        probe: each term of the loss on a few fixed rows, None where it was not finite.
+        numbers, scale, skipped, optimizer: of `EngineState`.
+    """
+
+    progress: Progress
+    world_size: int
+    zero_stage: int
+    identity: dict[str, Any]
+    probe: dict[str, float]
+    numbers: dict[str, float]
+    scale: dict[str, float]
+    skipped: int
+    optimizer: str
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+class CheckpointWriter:
+    """Writes checkpoints behind training's back, one after another; rank 0 alone has work."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: list[Future[None]] = []
+
+    def begin(
+        self, folder: Path, state: EngineState, frozen: Mapping[str, Tensor], record: Record
+    ) -> None:
+        """Start to write `folder`; the tensors must not change any more."""
+        tensors = {"weights": state.weights, "buffers": state.buffers, "moments": state.moments}
+        whole = {**tensors, "frozen": dict(frozen)}
+        self._under_way.append(self._thread.submit(_write, folder, whole, record))
+
+    def is_done(self) -> bool:
+        """Whether nothing is being written; also if writing failed."""
+        return all(write.done() for write in self._under_way)
+
+    def has_failed(self) -> bool:
+        """Whether a write has ended with an error, which `settle` raises."""
+        return any(write.done() and write.exception() for write in self._under_way)
+
+    def settle(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+        """
+        writes, self._under_way = self._under_way, []
+        for write in writes:
+            write.result()
+
+
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: Record) -> None:
+    with whole_folder(folder) as beside:
+        files = {}
+        for name, groups in _GROUPS.items():
+            path = beside / name
+            named = {f"{g}/{key}": t for g in groups for key, t in tensors[g].items()}
+            save_file({key: tensor.contiguous() for key, tensor in named.items()}, path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        _write_record(beside, record, files)
+
+
+def _write_record(folder: Path, record: Record, files: Mapping[str, Any]) -> None:
+    write_sealed_json(folder / RECORD, {"format": FORMAT, **asdict(record), "files": dict(files)})
+
+
+def update_progress(folder: Path, progress: Progress) -> None:
+    """Say that only a validation came since this checkpoint: its weights are the same."""
+    record, files = _read(folder)
+    _write_record(folder, Record(**{**vars(record), "progress": progress}), files)
 
 
 def remove_checkpoints(old: Sequence[Path]) -> None:
     """Remove checkpoints; rank 0 does it."""
     for checkpoint in old if is_main_rank() else ():
-        (checkpoint / MARK).unlink()  # first: what is left half deleted is not whole
-        shutil.rmtree(checkpoint)
+        gone = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.old")
+        os.replace(checkpoint, gone)  # first: what is left half deleted is no checkpoint
+        shutil.rmtree(gone)
 
 
-def _mark(checkpoint: Path, progress: Progress) -> None:
-    state = {"world_size": dist.get_world_size(), **asdict(progress)}
-    write_json(checkpoint / MARK, state)
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first, whether damaged or not."""
+    return sorted(mark.parent for mark in folder.glob(f"step-*/{RECORD}"))
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(mark.parent for mark in folder.glob(f"step-*/{MARK}"))
-
-
-def find_checkpoint(resume: str, run_folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means, or None for a fresh start.
-
-    A path is where the run begins; once the run has a newer checkpoint of its own, that one.
+def read_record(checkpoint: Path) -> Record:
+    """What a checkpoint says of itself.
 
     Raises:
-        InputError: `never` in a folder with checkpoints, or a path that is no whole checkpoint.
+        InputError: the record is missing, damaged or of another version.
     """
-    newest = whole_checkpoints(run_folder / "checkpoints")[-1:]
-    if resume == "auto":
-        return newest[0] if newest else None
-    if resume == "never":
-        if newest:
-            raise InputError(
-                f"--resume never, but {run_folder} already holds {newest[0].name}; give another "
-                "--output, or --resume auto to continue"
-            )
-        return None
-    if not (Path(resume) / MARK).is_file():
-        raise InputError(
-            f"--resume {resume}: no whole checkpoint there; give a folder such as "
-            "RUN/checkpoints/step-00001000"
-        )
-    own_is_newer = newest and read_progress(newest[0])[0].step > read_progress(Path(resume))[0].step
-    return newest[0] if own_is_newer else Path(resume)
+    return _read(checkpoint)[0]
 
 
-def read_progress(checkpoint: Path) -> tuple[Progress, int]:
-    """Progress and world size of a checkpoint.
-
-    Raises:
-        InputError: its mark is unreadable.
-    """
+def _read(checkpoint: Path) -> tuple[Record, dict[str, Any]]:
+    path = checkpoint / RECORD
     try:
-        state = json.loads((checkpoint / MARK).read_text())
-        return Progress(**{name: state[name] for name in asdict(Progress())}), state["world_size"]
+        value = read_sealed_json(path)
+        if value.pop("format") != FORMAT:
+            raise ValueError("it was written by another version of Potstill")
+        files = value.pop("files")
+        if set(files) != set(_GROUPS):
+            raise ValueError("it names other files")
+        return Record(**{**value, "progress": Progress(**value["progress"])}), files
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint / MARK} is unreadable ({error!r}); remove it") from error
+        raise InputError(f"{path} is unreadable ({error}); remove {checkpoint}") from error
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> Progress:
-    """Load engine and progress; all ranks call it.
+def verify_checkpoint(checkpoint: Path) -> Record:
+    """Compare every file of a checkpoint with its checksum.
 
     Raises:
-        InputError: the checkpoint is of another world size, or DeepSpeed finds nothing in it.
+        InputError: a file is missing, of another size, or damaged.
     """
-    progress, world_size = read_progress(checkpoint)
-    if world_size != dist.get_world_size():
+    record, files = _read(checkpoint)
+    for name, facts in files.items():
+        path = checkpoint / name
+        try:
+            whole = path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        if not whole:
+            raise InputError(f"{path} is damaged: it is not as it was written")
+    return record
+
+
+def load_state(checkpoint: Path) -> tuple[EngineState, dict[str, Tensor]]:
+    """The state of a checkpoint, complete, and the parameters that were frozen, by name.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    record = read_record(checkpoint)
+    groups: dict[str, dict[str, Tensor]] = {g: {} for names in _GROUPS.values() for g in names}
+    for name in _GROUPS:
+        try:
+            tensors = load_file(checkpoint / name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{checkpoint / name} cannot be read ({error})") from error
+        for key, tensor in tensors.items():
+            group, _, rest = key.partition("/")
+            groups[group][rest] = tensor
+    state = EngineState(
+        weights=groups["weights"],
+        buffers=groups["buffers"],
+        moments=groups["moments"],
+        numbers=record.numbers,
+        scale=record.scale,
+        skipped=record.skipped,
+        optimizer=record.optimizer,
+    )
+    return state, groups["frozen"]
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is not damaged; damaged ones are named.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged.
+    """
+    found = checkpoints_in(folder)
+    faults = []
+    for checkpoint in reversed(found):
+        try:
+            verify_checkpoint(checkpoint)
+            return checkpoint
+        except InputError as error:
+            faults.append(str(error))
+            say(f"note: {error}; going on from an older checkpoint")
+    if found:
         raise InputError(
-            f"{checkpoint} was saved by {world_size} ranks, this run has {dist.get_world_size()}; "
-            f"start it on {world_size}"
+            f"{folder}: no checkpoint is whole ({faults[0]}); remove the folder to begin the run "
+            "again, or give another --output"
         )
-    found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if found is None:
-        raise InputError(f"{checkpoint}: DeepSpeed finds no checkpoint in it; remove the folder")
-    if engine.global_steps != progress.step:
-        raise InputError(
-            f"{checkpoint}: DeepSpeed is at step {engine.global_steps} after loading it, "
-            f"{MARK} says {progress.step}; remove the folder"
-        )
-    return progress
+    return None

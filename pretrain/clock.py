@@ -3,10 +3,8 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
-from torch import distributed as dist
 
 from pretrain.meter import Meter
 
@@ -18,21 +16,9 @@ class Clock:
         self._start = time.perf_counter() - seconds
         self._device, self._meter = device, meter
 
-    @cached_property
-    def _hosts(self) -> dist.ProcessGroup | None:
-        """The ranks' hosts: on GPUs a group beside their own, so that no host waits for a GPU."""
-        return dist.new_group(backend="gloo") if self._device.type == "cuda" else None
-
     def seconds(self) -> float:
         """Seconds of training so far, on this rank."""
         return time.perf_counter() - self._start
-
-    def agreed_seconds(self) -> float:
-        """Rank 0's seconds, on every rank, so that all take the same decision."""
-        value = torch.tensor([self.seconds()], dtype=torch.float64)
-        with self._meter.phase("communication"):
-            dist.broadcast(value, src=0, group=self._hosts)
-        return float(value)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

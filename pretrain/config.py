@@ -5,12 +5,9 @@ Values come from a preset (JSON), then from the command line, which wins. What D
 """
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -25,9 +22,17 @@ from pretrain.objectives import (
     parse_relations,
 )
 from pretrain.objectives.prediction import count_chunks
-from pretrain.options import check, option
+from pretrain.options import (
+    check,
+    check_values,
+    option,
+    refuse_repeats,
+)
+from pretrain.presets import read_preset
 
-PRESETS = Path(__file__).parent / "presets"
+MOST_WORKERS = 256
+MOST_NEGATIVES = 2**24
+WIDEST_CONTRAST = 2**16
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,13 @@ class DataConfig:
     mask_whole_words: bool = option("Choose whole words to mask, not single tokens.", False)
     loader_workers: int = option("Processes that prepare batches; 0: in the training process.", 0)
     check_shards: bool = option(
-        "Compare every shard with its checksum before training; ranks share the work.", True
+        "Compare all files of --data with their checksums before training; ranks share the work.",
+        True,
+    )
+    on_bad_shard: Literal["stop", "skip"] = option(
+        "At a shard that is missing or damaged: stop, or skip it (good rows stand in for its rows "
+        "in training; validation does without them).",
+        "stop",
     )
 
     def __post_init__(self) -> None:
@@ -51,7 +62,15 @@ class DataConfig:
             0 <= self.mlm_probability < 1,
             f"--mlm_probability {self.mlm_probability} must be at least 0 and below 1",
         )
-        check(self.loader_workers >= 0, f"--loader_workers {self.loader_workers} is negative")
+        check(
+            0 <= self.loader_workers <= MOST_WORKERS,
+            f"--loader_workers {self.loader_workers} must lie in 0 … {MOST_WORKERS}",
+        )
+        check(
+            self.check_shards or self.on_bad_shard == "stop",
+            "--on_bad_shard skip finds bad shards by their checksums, which --check_shards False "
+            "leaves unread; give one of them",
+        )
 
 
 @dataclass(frozen=True)
@@ -162,10 +181,15 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("kd_temperature", "contrast_temperature", "contrast_width"):
             value = getattr(self, name)
-            fine = value is None or 0 < value < math.inf
-            check(fine, f"--{name} {value} must be positive and finite")
+            check(value is None or value > 0, f"--{name} {value} must be positive")
         for name in ("relation_heads", "contrast_negatives"):
             check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
+        for name, most in (
+            ("contrast_negatives", MOST_NEGATIVES),
+            ("contrast_width", WIDEST_CONTRAST),
+        ):
+            value = getattr(self, name)
+            check(value <= most, f"--{name} {value} is more than {most:,}")
         parse_relations(self.relations)
 
     @property
@@ -236,7 +260,12 @@ class ScheduleConfig:
             "--schedule step needs --max_steps; with only --max_hours use --schedule time",
         )
         check(0 <= self.warmup < 1, f"--warmup {self.warmup} must be at least 0 and below 1")
-        check(self.lr > 0, f"--lr {self.lr} must be positive")
+        for name in ("lr", "adam_eps"):
+            check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
+        for name in ("adam_beta1", "adam_beta2"):
+            beta = getattr(self, name)
+            check(0 <= beta < 1, f"--{name} {beta} must be at least 0 and below 1")
+        check(self.weight_decay >= 0, f"--weight_decay {self.weight_decay} is negative")
 
 
 @dataclass(frozen=True)
@@ -264,6 +293,11 @@ class RunConfig:
         "has one; or the path of a checkpoint.",
         "auto",
     )
+    max_skipped_steps: int = option(
+        "After so many updates in a row that were not finite (and so left out), go back to the "
+        "last good checkpoint, once; then stop.",
+        5,
+    )
     dry_run: bool = option("Print the plan, train two steps, write nothing.", False)
     local_rank: int = option("Set by the launcher.", -1)
 
@@ -272,7 +306,7 @@ class RunConfig:
         check(bool(self.ds_config), "--ds_config is missing: for example ds_configs/cpu.json")
         for name in ("validate_every", "save_every"):
             check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} is negative")
-        for name in ("log_every", "keep_checkpoints", "validation_rows"):
+        for name in ("log_every", "keep_checkpoints", "validation_rows", "max_skipped_steps"):
             value = getattr(self, name)
             check(value is None or value > 0, f"--{name} {value} must be positive")
         check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
@@ -290,6 +324,11 @@ class RunConfig:
             all(0 < share < 1 for share in shares),
             f"--finetune_markers {self.finetune_markers!r} must be shares between 0 and 1: 0.1,0.5",
         )
+        check(
+            len({f"{share:.2f}" for share in shares}) == len(shares),
+            f"--finetune_markers {self.finetune_markers}: two of them are the same in hundredths, "
+            "by which their folders are named",
+        )
         return shares
 
 
@@ -306,6 +345,8 @@ class Config:
     acceleration: AccelerationConfig
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            check_values(getattr(self, part.name))
         check(
             bool(self.objective.objective or self.run.students),
             "--objective is missing: for example att-mse",
@@ -320,8 +361,9 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that make it this run and no other; a resumed run must agree in them."""
         free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
-        free |= {"validate_every", "loader_workers", "check_shards", "preset", "output"}
-        free |= {"ds_config", "validation_rows", "students", "loss_form"}
+        free |= {"validate_every", "loader_workers", "check_shards", "on_bad_shard"}
+        free |= {"preset", "output", "ds_config", "validation_rows", "students", "loss_form"}
+        free |= {"max_skipped_steps"}
         free |= {"compile", "gradient_checkpointing", "teacher_stream"}
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
@@ -347,44 +389,16 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    refuse_repeats(arguments)
+    first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(arguments)[0].preset
     if preset:
-        known = {f.name for part in PARTS for f in fields(part)} - {"preset", "local_rank"}
-        parser.set_defaults(**read_preset(preset, known))
+        kinds = {n: kind for part in PARTS for n, kind in get_type_hints(part).items()}
+        parser.set_defaults(**read_preset(preset, kinds))
     *parts, unknown = parser.parse_args_into_dataclasses(
         args=arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise InputError(f"unknown flags: {' '.join(unknown)}; --help lists all there are")
     return Config(*parts)
-
-
-def read_preset(name_or_file: str, known: set[str]) -> dict[str, Any]:
-    """The settings of a preset: `{"about": …, "extends": NAME, "settings": {flag: value}}`.
-
-    `extends`, which may be left out, names a preset whose settings stand under its own.
-
-    Raises:
-        InputError: no such preset, malformed, or keys that are no flags.
-    """
-    path = Path(name_or_file)
-    if not name_or_file.endswith(".json"):
-        path = PRESETS / f"{name_or_file}.json"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        raise InputError(f"--preset {name_or_file}: not found; presets are {names}, or give a file")
-    try:
-        preset = json.loads(path.read_text())
-        settings, base = dict(preset["settings"]), preset.get("extends")
-        others = set(preset) - {"about", "extends", "settings"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'--preset {path}: not a preset ({error!r}); it is {{"about": …, "settings": {{…}}}}'
-        ) from error
-    if unknown := (set(settings) - known) | others:
-        raise InputError(f"--preset {path}: unknown settings {', '.join(sorted(unknown))}")
-    if base is not None and not (isinstance(base, str) and (PRESETS / f"{base}.json").is_file()):
-        raise InputError(f"--preset {path}: extends {base!r}, which is no preset of Potstill")
-    return (read_preset(base, known) if base else {}) | settings

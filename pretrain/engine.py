@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from potstill.console import is_main_rank, say
 from potstill.errors import InputError
-from potstill.files import write_json
+from potstill.files import remove_leftovers, write_json
+from potstill.lock import Lock
 from pretrain.acceleration import offloads_optimizer, use_apex_layer_norm, zero_stage
+from pretrain.agreement import from_main_rank
 from pretrain.attention import Attention, choose_attention
-from pretrain.checkpoint import Progress, load_checkpoint, remove_checkpoints
+from pretrain.checkpoint import Progress, load_state, read_record, remove_checkpoints
 from pretrain.config import Config, ScheduleConfig
 from pretrain.encoder import encode
+from pretrain.engine_state import EngineState, write_state
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
 from pretrain.features import Feature
@@ -34,13 +38,23 @@ from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.peak import Peak, find_peak
 from pretrain.plan import Plan, StudentPlan, teacher_flops
 from pretrain.run_data import RunData
+from pretrain.run_folder import hold_folder, later_checkpoints
 from pretrain.schedules import LinearSchedule
-from pretrain.step import Distillation, freeze_encoder, freeze_unreached, untrained_parts
-from pretrain.students import check_all_done, later_checkpoints
+from pretrain.signals import Signals
+from pretrain.step import (
+    Distillation,
+    freeze_encoder,
+    freeze_unreached,
+    skip_if_not_finite,
+    untrained_parts,
+)
+from pretrain.students import check_all_done
 from pretrain.summary import planned_tokens
 from pretrain.teacher import Teacher
 
 PROBE_ROWS, DRY_STEPS = 8, 2
+
+_held: Lock | None = None  # of this process: a lock ends when its file is closed
 
 
 def start_ranks() -> torch.device:
@@ -87,11 +101,17 @@ def _own_folder_for_builds() -> None:
         )
 
 
-def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
-    """Build each student's engine and everything around it; load checkpoints if there are any."""
+def build_run(plan: Plan, device: torch.device, signals: Signals) -> tuple[Run, Progress]:
+    """Build each student's engine and everything around it; load checkpoints if there are any.
+
+    Raises:
+        InputError: another run holds the folder, or a checkpoint is not of this run.
+    """
     data = RunData(plan)
     attention = choose_attention(plan.config.acceleration.attention, device)
     probe = _teacher_probe(plan, data, attention)
+    if not plan.config.run.dry_run:
+        from_main_rank(partial(_take_folder, plan))
     peak = find_peak(device, plan.dtype, _planned_flops(plan))
     _record_run(plan, peak)
     learners = [_build_learner(plan, own, data, attention, probe, device) for own in plan.students]
@@ -104,6 +124,8 @@ def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
         batches=data.training,
         accumulation=plan.sizes.accumulation,
         validation=data.validation,
+        probe=data.probe(PROBE_ROWS),
+        write_rows=data.write_rows,
         teacher_flops=lambda wanted: teacher_flops(plan, wanted),
         settings=plan.config.run,
         schedule=_length(plan.config),
@@ -112,9 +134,16 @@ def build_run(plan: Plan, device: torch.device) -> tuple[Run, Progress]:
         tokens_per_step=plan.tokens_per_step,
         peak_flops=peak.flops_per_second if peak else None,
         device=device,
+        signals=signals,
     )
     validated = min(start.validated for start in starts)
     return run, replace(starts[0], flops=0.0, validated=validated)
+
+
+def _take_folder(plan: Plan) -> None:
+    """Hold the run's folder until this process ends, however it does."""
+    global _held
+    _held = hold_folder(Path(str(plan.config.run.output)))
 
 
 def _build_learner(
@@ -137,11 +166,14 @@ def _build_learner(
     )
     kept = freeze_encoder(module) if config.student.freeze else set()
     frozen = freeze_unreached(module, probe, data.probe(2))
+    with own.member.blamed():
+        start, state, saved_probe = _read_checkpoint(own, module, frozen)
     unreached = {name: value for name, value in frozen.items() if name not in kept}
     untrained = [*untrained_parts(unreached, module.student), *_untrained_before(own)]
     with own.member.blamed():
         engine = _start_engine(plan, own, module, device)
-        start = load_checkpoint(engine, own.checkpoint) if own.checkpoint else Progress()
+        if state is not None:
+            write_state(engine, state, start.step)
     metrics = _open_metrics(own, engine, start)
 
     def export(target: Path, step: int) -> None:
@@ -161,8 +193,35 @@ def _build_learner(
         schedule=_schedule(_length(config)),
         seeds=(config.run.seed, config.student_seed),
         flops_per_token=own.flops_per_token,
+        frozen=frozen,
+        identity=own.identity,
         progress=start,
+        probe=saved_probe,
     )
+
+
+def _read_checkpoint(
+    own: StudentPlan, module: Distillation, frozen: dict[str, Tensor]
+) -> tuple[Progress, EngineState | None, dict[str, float] | None]:
+    """Where a student goes on, its state, and its loss on the probe; its frozen parts are set.
+
+    The probe of a run with other settings cannot be compared.
+    """
+    if own.checkpoint is None:
+        return Progress(), None, None
+    record, (state, parts) = read_record(own.checkpoint), load_state(own.checkpoint)
+    if parts.keys() != frozen.keys():
+        raise InputError(
+            f"{own.checkpoint} is of another run: what is frozen there is not what is frozen here; "
+            "give this run another --output"
+        )
+    for name, value in parts.items():
+        frozen[name] = value
+        module.student.get_parameter(name).data.copy_(value)
+    changed = sorted(n for n in own.identity if own.identity[n] != record.identity.get(n))
+    if changed:
+        say(f"note: {own.checkpoint} is of a run with another {', '.join(changed)}")
+    return record.progress, state, None if changed else record.probe
 
 
 def _untrained_before(own: StudentPlan) -> list[str]:
@@ -198,14 +257,13 @@ def finish(loop: Loop, plan: Plan) -> None:
         loop.validate()
     if run.save:
         loop.save()
+    loop.settle()
     for learner in run.learners if run.save else ():
         learner.export(learner.folder / "student", end.step)
     if run.settings.dry_run:
         say(f"dry run  {end.step} steps in {end.seconds:.1f} s; {_estimate(plan, end)}")
     if run.learners:
         say(f"finished {end.step} steps, {end.tokens:,} tokens, {end.seconds:.0f} s of training")
-    dist.barrier()
-    dist.destroy_process_group()
     check_all_done(run.stopped)
 
 
@@ -252,6 +310,7 @@ def _start_engine(plan: Plan, own: StudentPlan, module: Distillation, device: to
         raise InputError(
             f"--ds_config {plan.config.run.ds_config}: DeepSpeed cannot start with it: {error}"
         ) from error
+    skip_if_not_finite(engine)
     return engine
 
 
@@ -268,22 +327,23 @@ def _record_run(plan: Plan, peak: Peak | None) -> None:
     """
     if is_main_rank() and not plan.config.run.dry_run:
         folder = Path(str(plan.config.run.output))
+        remove_leftovers(folder)
         if plan.config.run.students is not None:
-            write_json(folder / "config.json", _record(plan.config, plan.identity))
+            write_json(folder / "config.json", _record(plan, plan.config, plan.identity))
         environment = describe_environment(dist.get_world_size())
         environment["peak"] = peak._asdict() if peak else None
         for own in plan.students:
             place = own.member.folder
-            write_json(place / "config.json", _record(own.config, own.identity))
+            write_json(place / "config.json", _record(plan, own.config, own.identity))
             write_json(place / "ds_config.json", own.ds_config)
             write_json(place / "environment.json", environment)
             remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
     dist.barrier()
 
 
-def _record(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+def _record(plan: Plan, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for part in asdict(config).values() for k, v in part.items()}
-    return {"settings": settings, "identity": identity}
+    return {"settings": settings, "identity": identity, "begun_on_ranks": plan.begun_on}
 
 
 def _open_metrics(own: StudentPlan, engine: Any, start: Progress) -> Metrics:

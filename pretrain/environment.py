@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from potstill.secrets import redacted_command
+
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "h5py", "numpy"),
     *("accelerate", "scikit-learn", "scipy", "apex", "torchao", "triton"),
@@ -47,11 +49,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Versions, hardware, commit and command, for environment.json."""
+    """Versions, hardware, commit and command (without secrets), for environment.json."""
     versions = {name: _version(name) for name in PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": sys.argv,
+        "command": redacted_command(sys.argv),
         "commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: version for name, version in versions.items() if version},

@@ -7,6 +7,7 @@ deepspeed --num_gpus 8 pretrain/extract.py ...     shares the rows of etd-impt a
 The result is a normal Hugging Face folder: `pretrain/run.py --student students/etd-6x384`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ from pretrain.summary import describe_shape
 
 
 @program
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The program; see the module's docstring."""
-    config = parse_config()
+    config = parse_config(arguments)
     device = start_ranks()
     if is_finished(config):
         say(f"finished already: {config.output}")

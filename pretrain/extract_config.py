@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from transformers import HfArgumentParser
 from data_prep.shard_format import read_manifest
 from potstill.errors import InputError
 from pretrain.models import check_local
-from pretrain.options import check, option
+from pretrain.options import check, check_values, option, refuse_repeats
 from pretrain.run_folder import data_identity
-from pretrain.student.depth import NAMED_INITS
+from pretrain.student.depth import LIST, NAMED_INITS
 from pretrain.student.width import CONSISTENT, LOWEST
 
 IMPORTANCE, RANDOM = "etd-impt", "etd-rand"
@@ -64,6 +63,7 @@ class ExtractConfig:
     local_rank: int = option("Set by the launcher.", -1)
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("teacher", "layers", "hidden", "output", "method"):
             check(getattr(self, name) is not None, f"--{name} is missing; see --help")
         _check_name("method", self.method, (IMPORTANCE, RANDOM))
@@ -73,7 +73,7 @@ class ExtractConfig:
             f"--ablation {self.ablation} reverses importance, which --method {RANDOM} does not "
             f"look at; use --method {IMPORTANCE}",
         )
-        if not re.fullmatch(r"\d+(,\d+)*", self.depth):
+        if not LIST.fullmatch(self.depth):
             _check_name("depth", self.depth, [n for n in NAMED_INITS if n != "random"])
         for name in ("layers", "hidden", "head_size", "ffn", "rows", "micro_batch"):
             value = getattr(self, name)
@@ -124,6 +124,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> ExtractConfig:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    refuse_repeats(arguments)
     config, unknown = parser.parse_args_into_dataclasses(
         args=arguments, return_remaining_strings=True, look_for_args_file=False
     )

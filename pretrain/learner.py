@@ -4,25 +4,43 @@ A lone run has one, a run with `--students` several; `loop.py` leads them throug
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch import distributed as dist
 
-from potstill.console import say
+from potstill.console import is_main_rank, say
+from potstill.errors import TrainingError
 from pretrain.batches import Batch
-from pretrain.checkpoint import Progress, remove_checkpoints, save_checkpoint, whole_checkpoints
+from pretrain.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    Record,
+    checkpoints_in,
+    load_state,
+    name_of,
+    read_record,
+    remove_checkpoints,
+    update_progress,
+)
+from pretrain.engine_state import read_state, scale_is_at_floor, write_state
 from pretrain.features import Feature
 from pretrain.meter import Meter, Reading
 from pretrain.metrics import Metrics
 from pretrain.objectives.composite import WeightedSum
+from pretrain.run_folder import CHECKPOINTS
 from pretrain.schedules import LinearSchedule
 from pretrain.step import StepResult, StudentStep
 from pretrain.students import STOPPED, Stop
 from pretrain.totals import Totals, totals
+
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""Relative, between a loss before a checkpoint and after it, on other ranks and devices too."""
 
 
 @dataclass
@@ -34,7 +52,10 @@ class Learner:
         export: writes it to a folder, for a step; all ranks call it.
         seeds: of the run and of the student, for dropout.
         flops_per_token: of its own forward and backward.
+        frozen: the parameters that are not trained, float32 copies by name.
+        identity: of its run, for its checkpoints.
         progress: where it is; `flops` is what it cost so far, with its share of the teacher.
+        probe: the terms of its loss on the probe when its checkpoint was saved, if it has one.
     """
 
     name: str
@@ -45,18 +66,24 @@ class Learner:
     schedule: LinearSchedule
     seeds: tuple[int, int]
     flops_per_token: float
+    frozen: Mapping[str, Tensor]
+    identity: dict[str, Any]
     progress: Progress
+    probe: dict[str, float] | None = None
     _weights: list[float] = field(init=False)
     _logged: Progress = field(init=False)
     _read: Reading | None = field(init=False, default=None)
     _skipped: int = field(init=False)
+    _taken: int = field(init=False)
+    _told_floor: bool = field(init=False, default=False)
     _rate: float = field(init=False, default=0.0)
     _result: StepResult | None = field(init=False, default=None)
     _loss: tuple[float, dict[str, float]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._weights = self.objective.weights_at(0)
-        self._logged, self._skipped = self.progress, self.engine.skipped_steps
+        self._logged = self.progress
+        self._skipped = self._taken = self.engine.skipped_steps
 
     @property
     def objective(self) -> WeightedSum:
@@ -81,8 +108,30 @@ class Learner:
 
     def end_step(self, result: StepResult, now: Progress, flops: float) -> None:
         """Take over what a step measured, and what it cost."""
-        self.progress = replace(now, flops=self.progress.flops + flops)
+        before = self.progress
+        self.progress = replace(
+            now,
+            flops=before.flops + flops,
+            skipped_in_a_row=before.skipped_in_a_row + 1 if self._was_skipped() else 0,
+            rolled_back=before.rolled_back,
+        )
         self._result, self._loss = result, None
+
+    def _was_skipped(self) -> bool:
+        """Whether the last update was left out for a reason that will not pass by itself.
+
+        A loss scale that is too large under fp16 is no such reason: it is halved.
+        """
+        skipped, self._taken = self.engine.skipped_steps > self._taken, self.engine.skipped_steps
+        at_floor = scale_is_at_floor(self.engine) if skipped else None
+        if at_floor and not self._told_floor:
+            self._told_floor = True
+            self.metrics.write("event", self.progress.step + 1, event="loss scale at its floor")
+            say(
+                f"note: {self.title}the fp16 loss scale is at its floor and gradients still "
+                "overflow; bf16 has no such limit, or give a lower lr or min_loss_scale"
+            )
+        return skipped and at_floor is not False
 
     def loss(self) -> tuple[float, dict[str, float]]:
         """Loss and terms of its last step over all ranks; waits for them, all of them call it."""
@@ -91,13 +140,9 @@ class Learner:
             self._loss = step_loss(self.objective, self._weights, self._result)
         return self._loss
 
-    def has_diverged(self) -> bool:
-        """Whether the loss of its last step, if it took one, is not finite; all ranks agree."""
-        return self._result is not None and not math.isfinite(self.loss()[0])
-
-    def stop(self) -> Stop:
-        """Say and write that it stops alone, for its loss is not finite."""
-        stop = Stop(self.progress.step, self.loss()[0])
+    def stop(self, loss: float) -> Stop:
+        """Say and write that it stops alone, for its loss or its gradients stay not finite."""
+        stop = Stop(self.progress.step, loss)
         self.metrics.write("event", stop.step, event=STOPPED, loss=stop.loss)
         say(f"step {stop.step}: {self.title}stopped, its loss is {stop.loss}")
         return stop
@@ -116,7 +161,7 @@ class Learner:
         """
         (loss, terms), before, result = self.loss(), self._logged, self._result
         assert result is not None
-        now = self.progress = replace(now, flops=self.progress.flops)
+        now = self.progress = self._own(now)
         seconds = now.seconds - before.seconds
         speed = (now.flops - before.flops) / seconds
         self.metrics.write(
@@ -156,24 +201,103 @@ class Learner:
             say(f"{line[:11]}{self.title}{line[11:]}")
         return result
 
-    def write_validation(self, now: Progress, result: StepResult, rows: int) -> None:
+    def _own(self, now: Progress) -> Progress:
+        """The run's progress with what is this student's own."""
+        own = ("flops", "skipped_in_a_row", "rolled_back")
+        return replace(now, **{name: getattr(self.progress, name) for name in own})
+
+    def write_validation(self, now: Progress, result: StepResult, rows: int) -> float:
         """Write and say its loss on the held-out rows, with the objective's weights of `now`."""
         weights = self.objective.weights_at(self.schedule.done(now.step, now.seconds))
         loss, terms = step_loss(self.objective, weights, result)
         self.metrics.write("validation", now.step, loss=loss, terms=terms, rows=rows)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         say(f"step {now.step}: {self.title}held-out {shown} ({rows} rows)")
+        return loss
 
-    def save(self, now: Progress, known: bool) -> None:
-        """Write a checkpoint; `known`: only a validation came since the one of this step."""
-        progress = replace(now, flops=self.progress.flops)
-        path = save_checkpoint(self.engine, self.folder / "checkpoints", progress)
-        if not known:
-            self.metrics.write("event", now.step, event="checkpoint", path=path.name)
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / CHECKPOINTS
+
+    def save(self, now: Progress, probe: dict[str, float], writer: CheckpointWriter) -> None:
+        """Begin to write a checkpoint; all ranks call it."""
+        state = read_state(self.engine)
+        record = Record(
+            progress=self._own(now),
+            world_size=dist.get_world_size(),
+            zero_stage=self.engine.zero_optimization_stage(),
+            identity=self.identity,
+            probe=probe,
+            numbers=state.numbers,
+            scale=state.scale,
+            skipped=state.skipped,
+            optimizer=state.optimizer,
+        )
+        if is_main_rank():
+            writer.begin(self.checkpoints / name_of(now.step), state, self.frozen, record)
+
+    def check_probe(self, terms: Mapping[str, float]) -> None:
+        """Compare its loss on the probe, term by term, with that of its checkpoint.
+
+        Raises:
+            TrainingError: they differ by more than rounding explains.
+        """
+        limit = PROBE_TOLERANCE[next(self.engine.module.parameters()).dtype]
+        for name, before in (self.probe or {}).items():
+            now = terms.get(name, math.nan)
+            same = abs(now - before) <= limit * abs(before) or not math.isfinite(before)
+            if not same:
+                raise TrainingError(
+                    f"{self.title}after loading step {self.progress.step} the probe's {name} is "
+                    f"{now:.6g}, and was {before:.6g} when it was saved: something else was "
+                    "loaded, or the teacher has changed. Give --resume another checkpoint"
+                )
+
+    def saved(self, step: int, stalled: float, written: float) -> None:
+        """Write that its checkpoint of a step stands; seconds that training waited, and in all."""
+        self.metrics.write(
+            "event",
+            step,
+            event="checkpoint",
+            path=name_of(step),
+            stalled_seconds=stalled,
+            seconds=written,
+        )
+
+    def mark_validated(self, now: Progress) -> None:
+        """Write into the checkpoint of this very step that only a validation came since."""
+        if is_main_rank():
+            update_progress(self.checkpoints / name_of(now.step), self._own(now))
+
+    def last_good(self) -> Path | None:
+        """Its newest checkpoint that was saved while updates were taken."""
+        good = [
+            path
+            for path in checkpoints_in(self.checkpoints)
+            if read_record(path).progress.skipped_in_a_row == 0
+        ]
+        return good[-1] if good else None
+
+    def go_back(self, checkpoint: Path) -> Progress:
+        """Take up the state of one of its earlier checkpoints; all ranks call it."""
+        left, progress = self.progress, read_record(checkpoint).progress
+        write_state(self.engine, load_state(checkpoint)[0], progress.step)
+        self.progress = replace(
+            progress, seconds=left.seconds, rolled_back=left.rolled_back + 1, skipped_in_a_row=0
+        )
+        self._logged, self._result, self._loss = self.progress, None, None
+        self._skipped = self._taken = self.engine.skipped_steps
+        self.metrics.cut_behind(progress.step)
+        self.metrics.write(
+            "event", progress.step, event="rollback", from_step=left.step, to=checkpoint.name
+        )
+        return self.progress
 
     def keep_newest(self, number: int) -> None:
-        """Remove all checkpoints but the newest `number`."""
-        remove_checkpoints(whole_checkpoints(self.folder / "checkpoints")[:-number])
+        """Remove all checkpoints but the newest `number`, and the last one that is good."""
+        old = checkpoints_in(self.checkpoints)[:-number] if is_main_rank() else []
+        remove_checkpoints([path for path in old if path != self.last_good()])
 
 
 def step_loss(

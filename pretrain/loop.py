@@ -1,22 +1,30 @@
 """The training loop: batch, step, log, validate, export, save; for one student or several."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from potstill.console import progress, say
+from potstill.console import is_main_rank, progress, say
+from potstill.errors import TrainingError
+from potstill.signals import Stopped
+from pretrain.agreement import Agreement, from_main_rank
 from pretrain.batches import Batch
-from pretrain.checkpoint import Progress
+from pretrain.checkpoint import CheckpointWriter, Progress
 from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.features import Feature
-from pretrain.learner import Learner
+from pretrain.learner import Learner, step_loss
 from pretrain.meter import Meter
+from pretrain.signals import Signals
 from pretrain.step import train_step, validation_terms, with_features
 from pretrain.students import Stop
 from pretrain.teacher import Teacher
+
+AGAIN = "run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,14 @@ class Run:
         stopped: those that do not, by name.
         batches: this rank's micro-batches from a step on. accumulation: how many make a step.
         validation: this rank's validation batches, each with whether it counts.
+        probe: a few held-out rows, the same on every rank and at every start.
+        write_rows: writes down which rows some steps took, and says where.
         teacher_flops: per token, for the features that it gives.
         schedule: how long the run is.
         save: whether checkpoints and exports are written (not in a dry run, nor a validation).
         resumed: whether it goes on from a checkpoint.
         tokens_per_step: of all ranks. peak_flops: of all devices together, if known.
+        signals: those that end a run, as this rank sees them.
     """
 
     learners: list[Learner]
@@ -41,6 +52,8 @@ class Run:
     batches: Callable[[int], Iterator[Batch]]
     accumulation: int
     validation: Callable[[], Iterator[tuple[Batch, bool]]]
+    probe: Batch
+    write_rows: Callable[[Learner, range], str]
     teacher_flops: Callable[[Set[Feature]], float]
     settings: RunConfig
     schedule: ScheduleConfig
@@ -49,11 +62,20 @@ class Run:
     tokens_per_step: int
     peak_flops: float | None
     device: torch.device
+    signals: Signals
 
     @property
     def last_step(self) -> float:
         """The step at which the run ends, infinite if only time ends it."""
         return math.inf if self.schedule.max_steps is None else self.schedule.max_steps
+
+
+class _Told(Exception):
+    """A signal came to some rank; all ranks raise this at the same place."""
+
+
+class _GoBack(Exception):
+    """The last updates were all left out; all ranks raise this at the same place."""
 
 
 @dataclass
@@ -64,45 +86,93 @@ class Loop:
     now: Progress
     meter: Meter = field(init=False)
     clock: Clock = field(init=False)
+    agreement: Agreement = field(init=False)
+    writer: CheckpointWriter = field(init=False, default_factory=CheckpointWriter)
     saved: tuple[int, int] | None = field(init=False)
+    told: int = field(init=False, default=0)
+    """The signal to obey, 0 for none; the same on every rank."""
     teacher: Teacher | None = field(init=False)
     teacher_share: float = field(init=False)
     """FLOPs of the teacher's forward per token and student."""
+    _unsettled: bool = field(init=False, default=False)
+    """Whether a checkpoint was begun of which not all ranks know that it stands."""
+    _writing: tuple[int, float, float] | None = field(init=False, default=None)
+    """Step, seconds that training waited, and the start of the checkpoint that is being written."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device, [learner.name for learner in self.run.learners])
         self.clock = Clock(self.now.seconds, self.run.device, self.meter)
+        self.agreement = Agreement(self.run.device)
         self.saved = (self.now.step, self.now.validated) if self.run.resumed else None
         self._share_teacher()
 
+    @contextmanager
+    def obeying_signals(self) -> Iterator[None]:
+        """A block that a signal ends at its next step, with a checkpoint of it.
+
+        Raises:
+            Stopped: a signal came to some rank.
+        """
+        with self.run.signals.deferred():
+            try:
+                yield
+                self.settle()
+                self._ask()
+                kept = "everything is saved"
+            except _Told:
+                self.save(hurried=True)
+                self.settle()
+                kept = f"step {self.now.step} is saved: {AGAIN}" if self.saved else f"{AGAIN}"
+            if self.told:
+                raise Stopped(self.told, kept)
+
     def train(self) -> Progress:
         """Train to the end of the run, or until no student is left; returns where it ended."""
-        run, begun = self.run, self.now.step
-        if self.now.step == 0 and self.now.validated < 0:
+        begun = self.now.step
+        self.check_probe()
+        with self.meter.running():
+            while True:
+                try:
+                    self._advance()
+                    break
+                except _GoBack:
+                    self._go_back()
+        if self.now.step > begun:
+            self._summarise()
+        return self.now
+
+    def _advance(self) -> None:
+        """Train from here on to the end of the run."""
+        run = self.run
+        if self._validation_is_due():
             with self.clock.paused():
                 self.validate()
         markers = [share for share in run.settings.markers() if share > self._share()]
         batches = run.batches(self.now.step)
         steps = None if math.isinf(run.last_step) else int(run.last_step)
-        bar = progress(total=steps, initial=self.now.step, unit="step")
-        with bar, self.meter.running():
+        with progress(total=steps, initial=self.now.step, unit="step") as bar:
             while not self._finished():
                 self.step(batches)
                 bar.update()
                 last = self._finished()
                 if _due(self.now.step, run.settings.log_every) or self.now.step == 1 or last:
                     self._log()
+                self._look_after_skipped()
                 while markers and self._share() >= markers[0]:
                     self._export_marker(markers.pop(0))
+                self._leave_if_told()
                 if _due(self.now.step, run.settings.validate_every):
                     with self.clock.paused():
                         self.validate()
                 if _due(self.now.step, run.settings.save_every):
-                    with self.clock.paused():
-                        self.save()
-        if self.now.step > begun:
-            self._summarise()
-        return self.now
+                    self.save()
+
+    def _validation_is_due(self) -> bool:
+        """Before the first step, and where a signal came between a step and its validation."""
+        if self.now.step == 0:
+            return self.now.validated < 0
+        due = _due(self.now.step, self.run.settings.validate_every) and not self._finished()
+        return due and self.now.validated != self.now.step
 
     def _finished(self) -> bool:
         hours = self.run.schedule.max_hours
@@ -132,20 +202,57 @@ class Loop:
             self.now,
             step=finished,
             tokens=self.now.tokens + run.tokens_per_step,
-            seconds=self.clock.agreed_seconds() if timed else self.clock.seconds(),
+            seconds=self._ask(),
         )
         for learner, result in zip(run.learners, results, strict=True):
             flops = run.tokens_per_step * (learner.flops_per_token + self.teacher_share)
             learner.end_step(result, self.now, flops)
 
+    def _ask(self) -> float:
+        """Let all ranks know what any of them knows: a signal, a fault in writing.
+
+        Returns:
+            Rank 0's seconds of training, the same on every rank.
+
+        Raises:
+            TrainingError: rank 0 cannot write; all ranks raise it.
+        """
+        fault = next((x.metrics.fault for x in self.run.learners if x.metrics.fault), None)
+        told, seconds, faulty = self.agreement.largest(
+            float(self.run.signals.pending or 0),
+            self.clock.seconds() if is_main_rank() else 0.0,
+            float(fault is not None or self.writer.has_failed()),
+            phase=self.meter.phase,
+        )
+        self.told = int(told)
+        if faulty:
+            self._fail(fault or self._wait_for_writer())
+        return seconds
+
+    def _fail(self, fault: str | None) -> None:
+        """End the run because rank 0 cannot write; what is on disk stays as it is."""
+        raise TrainingError(
+            f"{fault or 'rank 0 cannot write'}; earlier checkpoints are as they were: make room, "
+            f"then {AGAIN}"
+        )
+
+    def _leave_if_told(self) -> None:
+        if self.told:
+            raise _Told
+
+    def _between_batches(self) -> None:
+        """Behind every batch of a validation: a long one is given up for a signal."""
+        self._ask()
+        self._leave_if_told()
+
     def _log(self) -> None:
         """One line of metrics per student; waits for the device and for the other ranks."""
-        self._stop_diverged()
-        if self.run.schedule.max_hours is None:  # read after the device is done
+        reading = self.meter.reading()  # waits
+        if self.run.schedule.max_hours is None:  # what it is now that the device is done
             self.now = replace(self.now, seconds=self.clock.seconds())
-        reading = self.meter.reading()
         for learner in self.run.learners:
             learner.log(self.now, self.run.peak_flops, reading)
+        self._note_written()
 
     def _summarise(self) -> None:
         """What the run took, for each student that learned to the end; the papers' beside."""
@@ -159,19 +266,49 @@ class Loop:
         if not self.run.save:
             return
         with self.clock.paused():
-            self._stop_diverged()
             for learner in self.run.learners:
                 learner.export(learner.folder / "markers" / f"{share:.2f}", self.now.step)
 
-    def _stop_diverged(self) -> None:
-        """Take out the students whose last loss is not finite; the others go on.
+    def _look_after_skipped(self) -> None:
+        """Go back, once, when a student's updates are left out again and again; then stop it.
 
-        Nothing of such a state is ever saved. The loss is that of all ranks, so they agree.
+        A fault that passes (a bad memory cell, a device) is mended by that. Students that learn
+        together do not go back for one of them: it stops alone, the others go on.
+
+        Raises:
+            _GoBack: a lone student goes back to its last good checkpoint.
         """
-        for learner in [learner for learner in self.run.learners if learner.has_diverged()]:
-            self.run.stopped[learner.name] = learner.stop()
-            self.run.learners.remove(learner)
-            self._share_teacher()
+        limit = self.run.settings.max_skipped_steps
+        for learner in [x for x in self.run.learners if x.progress.skipped_in_a_row >= limit]:
+            end = self.now.step
+            where = self.run.write_rows(learner, range(end - limit, end))
+            say(
+                f"step {end}: {learner.title}{limit} updates in a row were not finite and left "
+                f"out; their rows are in {where}"
+            )
+            alone = not learner.name and self.run.save
+            if alone and not learner.progress.rolled_back and self._has_good(learner):
+                raise _GoBack
+            self._stop(learner, learner.loss()[0])
+
+    def _has_good(self, learner: Learner) -> bool:
+        self.settle()
+        return from_main_rank(learner.last_good) is not None
+
+    def _go_back(self) -> None:
+        """Take up the last good checkpoint of the lone student."""
+        (learner,) = self.run.learners
+        checkpoint = from_main_rank(learner.last_good)
+        assert checkpoint is not None
+        say(f"step {self.now.step}: going back to {checkpoint.name}, this once")
+        self.now = replace(learner.go_back(checkpoint), flops=0.0)
+        self.saved = (self.now.step, self.now.validated)
+
+    def _stop(self, learner: Learner, loss: float) -> None:
+        """Take out a student that learns no more; the others go on. All ranks agree on it."""
+        self.run.stopped[learner.name] = learner.stop(loss)
+        self.run.learners.remove(learner)
+        self._share_teacher()
 
     def _share_teacher(self) -> None:
         """Let the teacher give what the students want that still learn, and no more."""
@@ -183,32 +320,110 @@ class Loop:
         self.teacher_share = self.run.teacher_flops(wanted) / max(1, len(learners))
 
     def validate(self) -> None:
-        """Losses on the held-out rows; writes a line for each student that still learns."""
-        self._stop_diverged()
-        learners = self.run.learners
+        """Losses on the held-out rows; writes a line for each student that still learns.
+
+        A student whose loss there is not finite is stopped.
+        """
+        learners = list(self.run.learners)
         if not learners:
             return
         engines = [learner.engine for learner in learners]
-        results, rows = validation_terms(engines, self.teacher, self.run.validation())
+        results, rows = validation_terms(
+            engines, self.teacher, self.run.validation(), self._between_batches
+        )
         for learner, result in zip(learners, results, strict=True):
-            learner.write_validation(self.now, result, rows)
+            loss = learner.write_validation(self.now, result, rows)
+            if not math.isfinite(loss):
+                self._stop(learner, loss)
         self.now = replace(self.now, validated=self.now.step)
 
-    def save(self) -> None:
-        """Write checkpoints, unless the last step's loss is not finite or it is a dry run.
+    def save(self, hurried: bool = False) -> None:
+        """Begin to write checkpoints, unless that of this step stands or nothing is to be written.
 
-        Old ones go only when all students have the new one: a run that is killed in between
-        goes on from the newest that all have.
+        None is written while updates are left out, since its weights may be the reason; but a
+        run that is told to leave (`hurried`) has no other chance.
         """
-        if not self.run.save or self.saved == (self.now.step, self.now.validated):
+        run, place = self.run, (self.now.step, self.now.validated)
+        in_doubt = any(learner.progress.skipped_in_a_row for learner in run.learners)
+        if not run.save or not run.learners or self.now.step == 0 or self.saved == place:
             return
-        self._stop_diverged()
-        known = self.saved is not None and self.saved[0] == self.now.step
+        if in_doubt and not hurried and not self._finished():
+            return
+        with self.clock.paused():
+            self.settle()
+            if self.saved is not None and self.saved[0] == self.now.step:
+                for learner in run.learners:
+                    learner.mark_validated(self.now)
+            else:
+                self._begin_to_write()
+        self.saved = place
+
+    def _begin_to_write(self) -> None:
+        began = time.perf_counter()
+        for learner, probe in zip(self.run.learners, self._probe(), strict=True):
+            learner.save(self.now, probe, self.writer)
+        self._unsettled = True
+        self._writing = self.now.step, time.perf_counter() - began, began
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written stands, on all ranks.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        if not self._unsettled:
+            return
+        self._unsettled, fault = False, self._wait_for_writer()
+        (failed,) = self.agreement.largest(float(fault is not None))
+        if failed:
+            self._fail(fault)
+        self._note_written()
+
+    def _wait_for_writer(self) -> str | None:
+        """What went wrong in writing, on rank 0; None if nothing did."""
+        try:
+            self.writer.settle()
+        except OSError as error:
+            self._writing = None
+            return f"the checkpoint cannot be written ({error.strerror or error})"
+        return None
+
+    def _note_written(self) -> None:
+        """Once a checkpoint stands: say so in the metrics, and let older ones go.
+
+        Old ones go only when all students have the new one: a run that is killed in between goes on
+        from the newest that all have.
+        """
+        if self._writing is None or not self.writer.is_done() or self.writer.has_failed():
+            return
+        (step, stalled, began), self._writing = self._writing, None
         for learner in self.run.learners:
-            learner.save(self.now, known)
+            learner.saved(step, stalled, time.perf_counter() - began)
         for learner in self.run.learners:
             learner.keep_newest(self.run.settings.keep_checkpoints)
-        self.saved = (self.now.step, self.now.validated)
+
+    def _probe(self) -> list[dict[str, float]]:
+        """The unweighted terms of each student's loss on the probe; all ranks call it."""
+        learners = self.run.learners
+        engines = [learner.engine for learner in learners]
+        results, _ = validation_terms(engines, self.teacher, [(self.run.probe, True)])
+        return [
+            step_loss(learner.objective, [0.0] * len(result.sums), result)[1]
+            for learner, result in zip(learners, results, strict=True)
+        ]
+
+    def check_probe(self) -> None:
+        """Compare the loss on the probe with that which was saved with the checkpoint.
+
+        Whatever went wrong in loading, it would show here.
+
+        Raises:
+            TrainingError: they differ by more than rounding explains.
+        """
+        if not any(learner.probe for learner in self.run.learners):
+            return
+        for learner, terms in zip(self.run.learners, self._probe(), strict=True):
+            learner.check_probe(terms)
 
 
 def _due(step: int, every: int) -> bool:

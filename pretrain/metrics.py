@@ -11,16 +11,20 @@ from potstill.files import write_text
 
 
 class Metrics:
-    """Appends lines on rank 0, and mirrors numbers to DeepSpeed's monitor.
+    """Appends lines on rank 0, and mirrors numbers to monitors.
+
+    Attributes:
+        fault: why a line could not be written, None while all could.
 
     Args:
         path: the file; None writes nothing (a dry run).
-        monitor: the engine's `MonitorMaster` (TensorBoard, W&B, CSV by the ds_config).
+        monitor: what else gets the numbers, for example `pretrain.monitors.Monitors`.
     """
 
     def __init__(self, path: Path | None, monitor: Any = None) -> None:
         self.path = path if is_main_rank() else None
         self.monitor = monitor
+        self.fault: str | None = None
 
     def cut_behind(self, step: int) -> None:
         """Drop the lines of steps after `step`, and a torn last line: a resume repeats them."""
@@ -40,14 +44,22 @@ class Metrics:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=True)
-        with open(self.path, "a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # the loop ends the run, on all ranks together
+            self.fault = f"{self.path} cannot be written ({error.strerror or error})"
+            return
         if self.monitor is not None and self.monitor.enabled and kind != "event":
             self.monitor.write_events(
                 [(f"{kind}/{name}", value, step) for name, value in _numbers(values)]
             )
+
+    def monitor_failed(self, step: int, name: str, reason: str) -> None:
+        """Write that a monitor is left out from now on."""
+        self.write("event", step, event="monitor failed", monitor=name, reason=reason)
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

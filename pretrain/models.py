@@ -1,17 +1,18 @@
 """Hugging Face encoders: which are supported, their shape, loading them, what they lack."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from potstill.errors import InputError
+from pretrain.model_config import check_model_config
+from pretrain.options import check, read_object
 
 HEADS = {
     "bert": ("cls",),
@@ -24,6 +25,8 @@ HEADS = {
 
 UNTRAINED = "potstill_untrained"
 """Key of an exported config.json: the parts that no objective ever trained."""
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ def load_config(source: str, flag: str, revision: str | None = None) -> Any:
     Raises:
         InputError: nothing there, unreadable, or an architecture that we cannot walk.
     """
+    _check_folder(source, flag)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged config raises whatever its values lead to
         raise InputError(
             f"{flag} {source}: no readable model config there ({_first_line(error)}); give a "
             "folder with config.json and model.safetensors, or a name on the hub"
@@ -94,13 +98,8 @@ def load_config(source: str, flag: str, revision: str | None = None) -> Any:
             f"{flag} {source}: model type {config.model_type!r} is not supported; "
             f"supported are {', '.join(HEADS)}"
         )
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise InputError(
-            f"{flag} {source}: position_embedding_type {config.position_embedding_type!r} is not "
-            "supported, only 'absolute'"
-        )
-    if getattr(config, "is_decoder", False):
-        raise InputError(f"{flag} {source}: is_decoder is set, but only encoders are supported")
+    check_model_config(config, f"{flag} {source}")
+    _check_untrained(config, f"{flag} {source}")
     return config
 
 
@@ -124,10 +123,12 @@ def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,  # never a pickle, which could run code
         )
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # damaged files raise whatever their bytes lead to
         raise InputError(
-            f"{flag} {source}: the weights cannot be read ({_first_line(error)}); fetch them again"
+            f"{flag} {source}: the weights cannot be read ({_first_line(error)}); fetch them "
+            "again, as model.safetensors"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -138,8 +139,55 @@ def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder
             f"{flag} {source}: {len(lost)} weights of the encoder are missing, for example "
             f"{min(lost)}; is it a checkpoint of a {config.model_type} model?"
         )
+    _check_finite(model, f"{flag} {source}")
     trained = not missing and not has_untrained_head(config)
     return Encoder(model, shape_of(config), trained, source)
+
+
+def _check_folder(source: str, flag: str) -> None:
+    """Refuse a folder whose config is no JSON object, or whose weights are not its safetensors.
+
+    Raises:
+        InputError: such a folder; a name on the hub passes.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag} {source}: it has no config.json; give a Hugging Face folder")
+    read_object(folder / "config.json", flag)
+    pickle, index = folder / "pytorch_model.bin", folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).exists():
+        return
+    if index.exists():
+        files = read_object(index, flag).get("weight_map")
+        own = isinstance(files, dict) and all(
+            isinstance(name, str) and Path(name).name == name for name in files.values()
+        )
+        check(own, f"{flag} {index}: weight_map must name files beside it; fetch the model again")
+    elif pickle.exists():
+        raise InputError(
+            f"{flag} {source}: its weights are a pickle ({pickle.name}), which can run code when "
+            f"it is opened; convert it to {WEIGHTS} where you trust it: save_pretrained does"
+        )
+
+
+def _check_finite(model: nn.Module, blamed: str) -> None:
+    """Refuse weights that would make every loss NaN."""
+    for name, weight in model.named_parameters():
+        if not weight.sum(dtype=torch.float64).isfinite():
+            raise InputError(f"{blamed}: the weight {name} holds NaN or infinity; fetch it again")
+
+
+def _check_untrained(config: Any, blamed: str) -> None:
+    """Refuse a damaged list of untrained parts, such as `bert.encoder.layer.3.output`."""
+    parts = getattr(config, UNTRAINED, None) or []
+    right = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    numbers = [p.partition(".encoder.layer.")[2].partition(".")[0] for p in parts] if right else []
+    check(
+        right and all(re.fullmatch("[0-9]{0,4}", number) for number in numbers),
+        f"{blamed}: {UNTRAINED} in its config must be a list of parts; export it again",
+    )
 
 
 def has_untrained_head(config: Any) -> bool:
@@ -159,7 +207,7 @@ def check_local(source: str, flag: str) -> None:
         InputError: a missing folder.
     """
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().is_dir():
+    if looks_local and not Path(source).is_dir():
         raise InputError(f"{flag} {source}: there is no such folder")
 
 

@@ -13,12 +13,13 @@ from data_prep.shard_format import (
     VALIDATION,
     Manifest,
     ShardReader,
+    damaged_files,
     read_manifest,
-    verify_files,
 )
 from data_prep.tokenization import load_tokenizer
+from potstill.console import say
 from potstill.errors import InputError
-from pretrain.checkpoint import read_progress
+from pretrain.checkpoint import read_record
 from pretrain.checks import check_positions, check_tokenizer
 from pretrain.config import Config
 from pretrain.ds_config import (
@@ -34,7 +35,7 @@ from pretrain.flops import Work, forward_flops, student_flops
 from pretrain.models import Encoder, check_local, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
-from pretrain.run_folder import check_folders, identity_of
+from pretrain.run_folder import check_folders, identity_of, keep_global_batch
 from pretrain.student.build import build_student
 from pretrain.student.depth import map_layers
 from pretrain.students import FOLDER as STUDENTS
@@ -70,18 +71,22 @@ class Plan:
     """A checked run: its settings, students, teacher, sizes.
 
     Attributes:
+        left_out: names of bad shards, under `--on_bad_shard skip`.
         students: those that are trained, one in a lone run.
         stopped: those of `--students` that an earlier start had to stop, by name.
+        begun_on: how many ranks the run had when it began.
     """
 
     config: Config
     manifest: Manifest
+    left_out: frozenset[str]
     sizes: BatchSizes
     dtype: torch.dtype
     teacher: Encoder | None
     students: tuple[StudentPlan, ...]
     stopped: dict[str, Stop]
     identity: dict[str, Any]
+    begun_on: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -113,11 +118,13 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     members = read_members(config)
     path = Path(str(config.run.ds_config))
     ds_config = read_ds_config(path)
-    sizes = batch_sizes(ds_config, dist.get_world_size(), path)
+    world_size = dist.get_world_size()
+    sizes = batch_sizes(ds_config, world_size, path)
+    sizes, begun_on = keep_global_batch(sizes, ds_config, config, world_size)
     ds_configs = [_resolve(member, ds_config, sizes) for member in members]
     check_with_deepspeed(ds_configs[0], path)
     config.acceleration.check(device, ds_config, sizes.accumulation, precision(ds_config))
-    manifest = _check_data(config)
+    manifest, left_out = _check_data(config)
     teacher = _load_teacher(members, manifest)
     identities = [identity_of(member.config, sizes, ds_config) for member in members]
     whole = {STUDENTS: [m.name for m in members]} if config.run.students else identities[0]
@@ -145,12 +152,14 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     return Plan(
         config=config,
         manifest=manifest,
+        left_out=left_out,
         sizes=sizes,
         dtype=precision(ds_config),
         teacher=teacher,
         students=tuple(students),
         stopped=stopped,
         identity=whole,
+        begun_on=begun_on,
     )
 
 
@@ -210,32 +219,33 @@ def _work(config: Config, manifest: Manifest, sizes: BatchSizes) -> Work:
     return Work(sizes.micro_batch, manifest.seq_length, config.data.mlm_probability)
 
 
-def _check_data(config: Config) -> Manifest:
-    """Shards whole, with validation rows and enough of them masked to learn from."""
+def _check_data(config: Config) -> tuple[Manifest, frozenset[str]]:
+    """Shards with training and validation rows; the names of the bad ones, which are left out."""
     folder = Path(str(config.data.data))
     if not folder.is_dir():
         raise InputError(f"--data {folder}: there is no such folder; make it: data_prep/shard.py")
     manifest = read_manifest(folder)
+    bad = _bad_files(folder, manifest) if config.data.check_shards else {}
+    shards = {file.name for file in manifest.files}
+    for name, fault in sorted(bad.items()):
+        if name not in shards:
+            raise InputError(fault)
+        if config.data.on_bad_shard == "stop":
+            raise InputError(f"{fault}, or go on without it: --on_bad_shard skip")
     for split in (TRAIN, VALIDATION):
-        ShardReader(folder, split)  # refuses a split without rows
-    if config.data.check_shards:
-        share = manifest.files[dist.get_rank() :: dist.get_world_size()]
-        _on_every_rank(lambda: verify_files(folder, manifest, share))
-    return manifest
+        ShardReader(folder, split, bad.keys())  # refuses a split without rows
+    for _, fault in sorted(bad.items()):
+        say(f"note: left out: {fault}")
+    return manifest, frozenset(bad)
 
 
-def _on_every_rank(check: Any) -> None:
-    """Run a check whose work is split over ranks; if one rank fails, all of them do."""
-    fault = None
-    try:
-        check()
-    except InputError as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    for message in faults:
-        if message:
-            raise InputError(message)
+def _bad_files(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with shards and tokenizer files, by name; each rank looks at its share."""
+    files = manifest.files + manifest.tokenizer_files
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    own = damaged_files(folder, files[dist.get_rank() :: dist.get_world_size()])
+    dist.all_gather_object(found, own)
+    return {name: fault for share in found for name, fault in share.items()}
 
 
 def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | None:
@@ -289,6 +299,6 @@ def is_finished(plan: Plan) -> bool:
 def _is_trained(own: StudentPlan) -> bool:
     if own.checkpoint is None or not (own.member.folder / "student").is_dir():
         return False
-    done, schedule = read_progress(own.checkpoint)[0], own.config.schedule
+    done, schedule = read_record(own.checkpoint).progress, own.config.schedule
     out_of_time = schedule.max_hours is not None and done.seconds >= schedule.max_hours * 3600
     return out_of_time or done.step == schedule.max_steps

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 
 from data_prep.shard_format import TRAIN, VALIDATION, ShardReader
+from potstill.console import is_main_rank
+from potstill.files import write_json
 from pretrain.batches import (
     Batch,
     Slices,
@@ -14,7 +18,9 @@ from pretrain.batches import (
     training_batches,
     validation_batches,
 )
+from pretrain.learner import Learner
 from pretrain.masking import shard_masking
+from pretrain.order import Order
 from pretrain.plan import Plan
 
 DRY_ROWS = 256
@@ -36,8 +42,8 @@ class RunData:
             dist.get_rank(),
             dist.get_world_size(),
         )
-        self._train = ShardReader(folder, TRAIN)
-        self._validation = ShardReader(folder, VALIDATION)
+        self._train = ShardReader(folder, TRAIN, plan.left_out)
+        self._validation = ShardReader(folder, VALIDATION, plan.left_out)
 
     def training(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step on."""
@@ -62,3 +68,26 @@ class RunData:
         slices = Slices(min(rows, self._validation.rows), 1, 0, 1)
         batches = validation_batches(self._validation, self._masking, self._pad, slices, rows)
         return next(iter(batches))[0]
+
+    def write_rows(self, learner: Learner, steps: range) -> str:
+        """Write which rows some steps took, by shard, beside the student's metrics; where.
+
+        Rank 0 writes. Rows of shards that are left out stand under the row that they name.
+        """
+        path = learner.folder / f"skipped-{steps.start + 1:08d}-{steps.stop:08d}.json"
+        if is_main_rank() and not self._plan.config.run.dry_run:
+            write_json(path, {str(step + 1): self._rows_of(step) for step in steps})
+        return str(path)
+
+    def _rows_of(self, step: int) -> list[dict[str, Any]]:
+        """File, row in it and epoch of each sample that the update after `step` steps takes."""
+        size = self._slices.global_batch
+        order = Order(self._train.rows, self._plan.config.run.seed)
+        epochs, rows = order(np.arange(step * size, (step + 1) * size, dtype=np.int64))
+        files = self._plan.manifest.of_split(TRAIN)
+        starts = np.cumsum([0] + [file.rows for file in files])
+        found = np.searchsorted(starts, rows, side="right") - 1
+        return [
+            {"file": files[file].name, "row": int(row - starts[file]), "epoch": int(epoch)}
+            for file, row, epoch in zip(found.tolist(), rows, epochs, strict=True)
+        ]

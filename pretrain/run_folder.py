@@ -1,4 +1,4 @@
-"""Whose run a folder holds, and where it goes on."""
+"""Whose run a folder holds, where it goes on, and how its batch was cut."""
 
 import hashlib
 import json
@@ -8,24 +8,78 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format import MANIFEST
+from potstill.console import say
 from potstill.errors import InputError
+from potstill.files import is_leftover
+from potstill.lock import Lock, hold
+from pretrain.agreement import from_main_rank
 from pretrain.batches import BATCHES_VERSION
+from pretrain.checkpoint import RECORD as CHECKPOINT_RECORD
+from pretrain.checkpoint import checkpoints_in, newest_whole, read_record, verify_checkpoint
 from pretrain.config import Config
-from pretrain.ds_config import BatchSizes, precision
-from pretrain.students import Member, Stop, find_checkpoints, where_stopped
+from pretrain.ds_config import BatchSizes, batch_sizes, precision
+from pretrain.students import Member, Stop, where_stopped
 
 RECORD = "config.json"
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+
+
+def keep_global_batch(
+    sizes: BatchSizes, ds_config: dict[str, Any], config: Config, world_size: int
+) -> tuple[BatchSizes, int]:
+    """The sizes with which a run goes on: on another number of ranks its batch is cut anew.
+
+    A ds_config that gives sequences per device would otherwise make it another run's batch.
+
+    Returns:
+        The sizes, and the number of ranks that the run was begun on.
+
+    Raises:
+        InputError: so many ranks cannot share the run's batch.
+    """
+    output, path = Path(str(config.run.output)), Path(str(config.run.ds_config))
+    begun_on = None if config.run.dry_run else _begun_on(output / RECORD)
+    if begun_on is None:
+        return sizes, world_size
+    whole = batch_sizes(ds_config, begun_on, path).global_batch
+    if whole == sizes.global_batch:
+        return sizes, begun_on
+    share, rest = divmod(whole, world_size)
+    if rest or not share:
+        raise InputError(
+            f"--output {output}: its batch of {whole} rows cannot be shared by {world_size} ranks "
+            "alike; start it on a number of ranks that divides it"
+        )
+    micro = max(n for n in range(1, sizes.micro_batch + 1) if share % n == 0)
+    say(
+        f"note: the batch stays at {whole} rows, as on {begun_on} ranks at the beginning: "
+        f"{micro} x {share // micro} micro-batches x {world_size} ranks"
+    )
+    return BatchSizes(whole, micro, share // micro), begun_on
+
+
+def _begun_on(record: Path) -> int | None:
+    """The number of ranks that the folder's run was begun on; None for a fresh one."""
+    try:
+        ranks = json.loads(record.read_text())["begun_on_ranks"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
+    if type(ranks) is not int or ranks < 1:
+        raise InputError(f"{record}: begun_on_ranks is {ranks!r}; give another --output")
+    return ranks
 
 
 def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """What makes it this run: its settings, the shards' content, batch, precision and ZeRO."""
+    """What makes it this run: its settings, the shards' content, batch and precision."""
     return {
         **config.identity(),
         "data": data_identity(Path(str(config.data.data))),
         "batches_version": BATCHES_VERSION,
         "global_batch": sizes.global_batch,
         "precision": str(precision(ds_config)),
-        "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
     }
 
 
@@ -49,8 +103,69 @@ def check_folders(
     stops = {member.name: where_stopped(member) for member in members}
     stopped = {name: stop for name, stop in stops.items() if stop is not None}
     going_on = [member for member in members if member.name not in stopped]
-    found = find_checkpoints(going_on, config.run.resume)
+    found = from_main_rank(lambda: find_checkpoints(going_on, config.run.resume))
     return {m.name: path for m, path in zip(going_on, found, strict=True)}, stopped
+
+
+def find_checkpoints(members: Sequence[Member], resume: str) -> tuple[Path | None, ...]:
+    """Where each student goes on: all at the newest step of which every one has a whole checkpoint.
+
+    Raises:
+        InputError: what `--resume` asks for cannot be had, or all checkpoints are damaged.
+    """
+    if len(members) == 1:
+        return (_find_checkpoint(resume, members[0].folder),)
+    folders = [member.folder / CHECKPOINTS for member in members]
+    if resume == "never":
+        for member in members:
+            _find_checkpoint(resume, member.folder)
+    names = [{path.name for path in checkpoints_in(folder)} for folder in folders]
+    common = sorted(set.intersection(*names), reverse=True) if names else []
+    for name in common:
+        try:
+            for folder in folders:
+                verify_checkpoint(folder / name)
+            return tuple(folder / name for folder in folders)
+        except InputError as error:
+            say(f"note: {error}; going on from an older checkpoint")
+    if common:
+        raise InputError(
+            f"--output {members[0].config.run.output}: no step has a whole checkpoint of every "
+            "student; remove the folder to begin the run again, or give another --output"
+        )
+    return (None,) * len(members)
+
+
+def _find_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means, or None for a fresh start.
+
+    A path is where the run begins; once the run has a newer checkpoint of its own, that one.
+    """
+    if resume == "never":
+        found = checkpoints_in(run_folder / CHECKPOINTS)
+        if found:
+            raise InputError(
+                f"--resume never, but {run_folder} already holds {found[-1].name}; give another "
+                "--output, or --resume auto to continue"
+            )
+        return None
+    newest = newest_whole(run_folder / CHECKPOINTS)
+    if resume == "auto":
+        return newest
+    if not (Path(resume) / CHECKPOINT_RECORD).is_file():
+        raise InputError(
+            f"--resume {resume}: no whole checkpoint there; give a folder such as "
+            "RUN/checkpoints/step-00001000"
+        )
+    given = verify_checkpoint(Path(resume)).progress.step
+    own_is_newer = newest is not None and read_record(newest).progress.step > given
+    return newest if own_is_newer else Path(resume)
+
+
+def later_checkpoints(member: Member, start: Path | None) -> list[Path]:
+    """A student's checkpoints behind the one that its group goes on from."""
+    found = checkpoints_in(member.folder / CHECKPOINTS)
+    return [path for path in found if start is None or path.name > start.name]
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
@@ -71,14 +186,14 @@ def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:
     """
     folder = record.parent
     if not record.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not _is_fresh(folder)):
             raise InputError(
                 f"--output {folder} is not empty and holds no {kind}; give another folder"
             )
         return False
     try:
-        before = json.loads(record.read_text())["identity"]
-    except (ValueError, KeyError, TypeError) as error:
+        before = dict(json.loads(record.read_text())["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
     changed = sorted(n for n in identity if identity[n] != before.get(n))
     if changed:
@@ -88,6 +203,24 @@ def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:
             f"({name} was {before.get(name)!r}, is {identity[name]!r}); give another --output"
         )
     return True
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether nothing stands there but the lock and the leftovers of a start that was killed."""
+    return all(path.name == LOCK or is_leftover(path) for path in folder.iterdir())
+
+
+def hold_folder(output: Path) -> Lock:
+    """Take the folder for this run.
+
+    Raises:
+        InputError: another process trains into it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    message = (
+        f"--output {output}: another run trains into this folder; wait for it, or give another"
+    )
+    return hold(output / LOCK, message)
 
 
 def check_writable(output: Path, place: Path) -> None:

@@ -1,7 +1,8 @@
 """One training step: its micro-batches, the loss that does not depend on how they are cut."""
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -182,7 +183,7 @@ class StudentStep:
         with self._phase("student"):
             seed_dropout(*self._seeds, self._step, self._taken, dist.get_rank())
             totals = engine(batch, teacher)
-            engine.backward((totals * self._scale.to(totals.dtype)).sum())
+            engine.backward(_poisoned((totals * self._scale.to(totals.dtype)).sum()))
             self._sums += totals.detach()
             if note := self._objective.note(teacher):
                 self._notes.append(note)
@@ -199,6 +200,38 @@ class StudentStep:
             with self._phase("communication"):  # nearly all of it: vectors of the other ranks
                 self._objective.remember(self._notes, projections)
         return StepResult(self._sums, self._counts, self._norm)
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """The loss, with a gradient that is not finite if the loss is not: then all ranks skip."""
+    fine = torch.isfinite(loss.detach())
+    return loss * torch.where(fine, 1.0, math.nan).to(loss.dtype)
+
+
+def skip_if_not_finite(engine: Any) -> None:
+    """Let the engine's optimiser leave out, and count, every update whose gradient is not finite.
+
+    Half-precision optimisers of DeepSpeed do so already, those of ZeRO where they are told; a plain
+    one gets a guard, whose `overflow` the engine counts as it does theirs.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.step = _guarded(engine, optimizer.step)  # type: ignore[method-assign]
+    elif hasattr(optimizer, "check_grad_overflow"):
+        optimizer.check_grad_overflow = True
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # it would end the other students with this one
+
+
+def _guarded(engine: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        norm = _plain_grad_norm(engine)
+        engine.optimizer.overflow = norm is not None and not bool(torch.isfinite(norm))
+        if not engine.optimizer.overflow:
+            step(*args, **kwargs)
+
+    return guarded
 
 
 def with_features(
@@ -243,11 +276,17 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
 
 @torch.no_grad()
 def validation_terms(
-    engines: Sequence[Any], teacher: Teacher | None, batches: Iterable[tuple[Batch, bool]]
+    engines: Sequence[Any],
+    teacher: Teacher | None,
+    batches: Iterable[tuple[Batch, bool]],
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[StepResult], int]:
     """Each student's sums and counts over the held-out rows, in evaluation mode.
 
     Modes are left as they were.
+
+    Args:
+        between: called behind every batch; what it raises ends the validation.
 
     Returns:
         For each student this rank's sums with the counts of all ranks; the rows of all ranks.
@@ -270,6 +309,7 @@ def validation_terms(
                     sums[number] += totals.double().cpu()
                     counts[number] += torch.tensor(module.objective.counts(batch)).double()
             rows += batch.counts["sequences"] if counted else 0
+            between()
     whole = torch.cat([*counts, torch.tensor([float(rows)], dtype=torch.float64)]).to(device)
     dist.all_reduce(whole)
     *counts, total = whole.split([*terms, 1])

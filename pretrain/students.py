@@ -10,16 +10,15 @@ steps, batch and precision are common to all.
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from potstill.errors import InputError, TrainingError
-from pretrain.checkpoint import find_checkpoint, whole_checkpoints
 from pretrain.config import Config
+from pretrain.options import check, read_object, typed
 
 FOLDER = "students"
 STOPPED = "stopped"
@@ -27,7 +26,7 @@ STOPPED = "stopped"
 
 _SECTIONS = ("student", "objective", "schedule")
 _LENGTH = frozenset({"max_steps", "max_hours", "schedule"})  # common, though in a section of ours
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Stop(NamedTuple):
@@ -85,22 +84,15 @@ def read_members(config: Config) -> tuple[Member, ...]:
 
 def _read_file(source: str) -> dict[str, Any]:
     """Settings by name, as they stand in the file."""
-    try:
-        students = json.loads(Path(source).read_text(), object_pairs_hook=_unique)
-    except OSError as error:
-        raise InputError(f"--students {source}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"--students {source}: not valid JSON ({error})") from error
-    if not isinstance(students, dict) or not students:
-        raise InputError(
-            f'--students {source}: must be {{"NAME": {{"FLAG": VALUE}}}} with at least one student'
-        )
+    shape = '{"NAME": {"FLAG": VALUE}} with at least one student'
+    students = read_object(Path(source), "--students", shape)
+    check(bool(students), f"--students {source}: must be {shape}")
     folders: dict[str, str] = {}
     for name in students:
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"--students {source}: student {name!r} cannot be a folder's name; use letters, "
-                "digits, '.', '_' and '-', a letter or digit first"
+                "digits, '.', '_' and '-', a letter or digit first, at most 100"
             )
         other = folders.setdefault(name.lower(), name)
         if other != name:
@@ -109,14 +101,6 @@ def _read_file(source: str) -> dict[str, Any]:
                 "upper and lower case are one; rename one of them"
             )
     return students
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that stands twice, plain parsing would silently keep the last."""
-    for name, _ in pairs:
-        if sum(other == name for other, _ in pairs) > 1:
-            raise ValueError(f"{name!r} stands there twice; rename or remove one")
-    return dict(pairs)
 
 
 def _own_config(config: Config, name: str, settings: Any) -> Config:
@@ -134,10 +118,7 @@ def _own_config(config: Config, name: str, settings: Any) -> Config:
         if flag not in known:
             raise InputError(_not_a_setting(flag, config, known))
         kind = get_type_hints(type(getattr(config, known[flag])))[flag]
-        if not _fits(value, kind):
-            raise InputError(f"{flag} {json.dumps(value)} must be {_describe(kind)}")
-        fraction = type(value) is int and float in (kind, *get_args(kind))
-        changes[known[flag]][flag] = float(value) if fraction else value
+        changes[known[flag]][flag] = typed(flag, value, kind)
     parts = {part: replace(getattr(config, part), **changes[part]) for part in _SECTIONS}
     output = str(Path(str(config.run.output)) / FOLDER / name)
     return replace(config, run=replace(config.run, output=output, students=None), **parts)
@@ -150,27 +131,6 @@ def _not_a_setting(name: str, config: Config, known: Mapping[str, str]) -> str:
     return f"{name} is no setting of a student; nearest: {', '.join(nearest)}"
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has the type of a config field; whole numbers pass for fractions."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
-    if kind is float and type(value) is int:
-        return True
-    return type(value) is kind
-
-
-def _describe(kind: Any) -> str:
-    """A config field's type in words for people who write JSON."""
-    if get_origin(kind) is Literal:
-        return " or ".join(json.dumps(choice) for choice in get_args(kind))
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(kind))
-    words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-    return words.get(kind, "null")
-
-
 def where_stopped(member: Member) -> Stop | None:
     """Where a student of a group stopped alone, if it did; a lone run may always try again."""
     path = member.folder / "metrics.jsonl"
@@ -179,10 +139,10 @@ def where_stopped(member: Member) -> Stop | None:
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # a line that was torn by a kill
-            continue
-        if entry.get("event") == STOPPED:
-            return Stop(entry["step"], entry["loss"])
+            if entry.get("event") == STOPPED:
+                return Stop(int(entry["step"]), float(entry["loss"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a line that was torn by a kill; the student tries that step again
     return None
 
 
@@ -205,23 +165,3 @@ def check_all_done(stopped: Mapping[str, Stop]) -> None:
             f"the loss was not finite and stopped {where}; their last checkpoints stay, the other "
             f"students are done. Give those {remedy}"
         )
-
-
-def find_checkpoints(members: Sequence[Member], resume: str) -> tuple[Path | None, ...]:
-    """Where each student goes on: all at the newest step of which every one has a checkpoint.
-
-    Raises:
-        InputError: what `--resume` asks for cannot be had.
-    """
-    newest = [find_checkpoint(resume, member.folder) for member in members]
-    if len(members) == 1:
-        return tuple(newest)
-    steps = [{c.name for c in whole_checkpoints(m.folder / "checkpoints")} for m in members]
-    common = max(set.intersection(*steps), default=None) if steps else None
-    return tuple(m.folder / "checkpoints" / common if common else None for m in members)
-
-
-def later_checkpoints(member: Member, start: Path | None) -> list[Path]:
-    """A student's checkpoints behind the one that its group goes on from."""
-    whole = whole_checkpoints(member.folder / "checkpoints")
-    return [c for c in whole if start is None or c.name > start.name]

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -85,6 +86,8 @@ def build_objective(expression: str, settings: Settings) -> WeightedSum:
         for inner, term in inside:
             weight = outer.times(inner.start)
             weights[term] = weights[term].plus(weight) if term in weights else weight
+    if not all(math.isfinite(end) for weight in weights.values() for end in weight):
+        raise InputError(f"--objective {expression}: the weights of a term add up to infinity")
     return WeightedSum(
         tuple(weights), tuple(weights.values()), tuple(_class_of(n)(settings) for n in weights)
     )
@@ -123,6 +126,8 @@ def _load(name: str) -> type[Objective]:
         raise InputError(f"--objective {name}: the class lacks {', '.join(lacking)}")
     if found.unit not in get_args(Unit):
         raise InputError(f"--objective {name}: unit {found.unit!r} is none of {get_args(Unit)}")
+    if not isinstance(found.needs, tuple):
+        raise InputError(f"--objective {name}: needs {found.needs!r} must be a tuple of names")
     if unknown := [kind for kind in found.needs if kind not in get_args(Kind)]:
         raise InputError(f"--objective {name}: needs {unknown[0]!r}, none of {get_args(Kind)}")
     return found
@@ -140,6 +145,8 @@ def parse_relations(expression: str) -> tuple[Relation, ...]:
         raise InputError(f"--relations {expression}: a weight cannot change over the run here")
     terms = [(weight.start, name.split("-")) for weight, name in parsed]
     total = sum(weight for weight, _ in terms)
+    if not math.isfinite(total):
+        raise InputError(f"--relations {expression}: the weights add up to infinity")
     for _, names in terms:
         if len(names) != 2 or not set(names) <= set(sides):
             raise InputError(

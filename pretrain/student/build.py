@@ -9,6 +9,7 @@ from transformers import AutoModelForMaskedLM, BertConfig
 from data_prep.shard_format import Manifest
 from potstill.errors import InputError
 from pretrain.config import StudentConfig
+from pretrain.model_config import MOST_LAYERS, check_memory
 from pretrain.models import HEADS, Encoder, check_local, load_encoder, shape_of
 from pretrain.student.depth import layers_to_copy
 
@@ -27,11 +28,7 @@ def build_student(
         _set_dropout(student.model, settings.dropout)
         return student
     config = _student_config(settings, teacher, manifest)
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"--student_hidden {config.hidden_size} is not a multiple of --student_heads "
-            f"{config.num_attention_heads}: heads must divide the hidden size"
-        )
+    _check_sizes(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
@@ -67,6 +64,25 @@ def _student_config(settings: StudentConfig, teacher: Encoder | None, manifest: 
     )
     config.architectures = None
     return config
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse sizes that do not go together, or that this machine cannot hold."""
+    hidden, heads, layers = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_hidden_layers,
+    )
+    if hidden % heads:
+        raise InputError(
+            f"--student_hidden {hidden} is not a multiple of --student_heads {heads}: heads must "
+            "divide the hidden size"
+        )
+    if config.intermediate_size < 1:
+        raise InputError(f"--student_hidden {hidden}: nothing is left of the ffn: --student_ffn")
+    if layers > MOST_LAYERS:
+        raise InputError(f"--student_layers {layers} is more than {MOST_LAYERS}")
+    check_memory(config, "the student")
 
 
 def copy_layers(model: nn.Module, teacher: Encoder, init: str) -> None:

@@ -7,6 +7,9 @@ from potstill.errors import InputError
 from pretrain.objectives.base import LayerPair
 
 NAMED_INITS = ("random", "first", "last", "uniform", "alternate")
+_LAYER = "[0-9]{1,9}"
+LIST = re.compile(f"{_LAYER}(,{_LAYER})*")
+_PAIRS = re.compile(f"{_LAYER}:{_LAYER}(,{_LAYER}:{_LAYER})*")
 
 
 class Flags(NamedTuple):
@@ -59,7 +62,7 @@ def _alternate(student_layers: int, teacher_layers: int, flags: Flags) -> list[i
 
 
 def _explicit(init: str, student_layers: int, teacher_layers: int, flags: Flags) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", init):
+    if not LIST.fullmatch(init):
         raise InputError(
             f"{flags.choice} {init!r} is neither one of {', '.join(NAMED_INITS)} nor a list such "
             "as 1,8,12"
@@ -90,7 +93,7 @@ def map_layers(mapping: str, student_layers: int, teacher_layers: int) -> tuple[
         return tuple(
             LayerPair(m, m * teacher_layers // student_layers) for m in range(1, student_layers + 1)
         )
-    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", mapping):
+    if not _PAIRS.fullmatch(mapping):
         raise InputError(f"--layers {mapping!r} is not last, uniform, or pairs such as 2:4,6:12")
     pairs = tuple(LayerPair(*map(int, pair.split(":"))) for pair in mapping.split(","))
     for pair in pairs:

@@ -7,10 +7,13 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.shard_format import (
     ShardReader,
@@ -20,6 +23,7 @@ from data_prep.shard_format import (
     verify_files,
 )
 from potstill.errors import InputError
+from potstill.files import read_sealed_json, write_sealed_json
 
 
 @pytest.fixture(scope="module")
@@ -117,34 +121,123 @@ def test_a_damaged_shard_is_named_by_the_reader(copied: Path, damage: str) -> No
         ShardReader(copied, "train").read(np.array([0]))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 99}, "format version 99"),
-        ({"seq_length": "long"}, "malformed"),
-        ({"unknown": 1}, "malformed"),
-        ({"splits": {}}, "malformed"),
-        (
-            {
-                "files": [{"name": "../x.h5", "split": "train", "rows": 1, "sha256": ""}],
-                "splits": {
-                    "train": {"rows": 1, "tokens": 128, "padding": 0},
-                    "validation": {"rows": 0, "tokens": 0, "padding": 0},
-                },
-            },
-            "outside",
-        ),
-        ({"tokenizer_files": [{"name": "../x", "split": "", "rows": 0, "sha256": ""}]}, "outside"),
-        ({"tokenizer_files": [{"name": "/x", "split": "", "rows": 0, "sha256": ""}]}, "outside"),
-    ],
-)
-def test_a_manifest_that_is_wrong_is_refused(
-    copied: Path, change: dict[str, object], message: str
+DIGEST = "0" * 64
+
+
+def resealed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the manifest of a folder and seal it again, as someone with intent would."""
+    fields = read_sealed_json(folder / "manifest.json")
+    change(fields)
+    write_sealed_json(folder / "manifest.json", fields)
+    return folder
+
+
+def one_shard(**changes: object) -> dict[str, object]:
+    """A manifest's fields with a single shard, changed."""
+    file = {"name": "x.h5", "split": "train", "rows": 1, "sha256": DIGEST} | changes
+    train = {"rows": file["rows"], "tokens": 128, "padding": 0}
+    return {
+        "files": [file],
+        "splits": {"train": train, "validation": {"rows": 0, "tokens": 0, "padding": 0}},
+    }
+
+
+def tokenizer_file(name: str) -> dict[str, object]:
+    return {"tokenizer_files": [{"name": name, "split": "", "rows": 0, "sha256": DIGEST}]}
+
+
+BAD_FIELDS = [
+    ({"format_version": 99}, "format version 99"),
+    ({"seq_length": "long"}, "the manifest.seq_length is 'long'"),
+    ({"seq_length": 2}, "seq_length is 2"),
+    ({"seq_length": True}, "seq_length is True"),
+    ({"validation_fraction": float("nan")}, "validation_fraction is nan"),
+    ({"rows_per_shard": -1}, "rows_per_shard is -1"),
+    ({"unknown": 1}, "'unknown' unknown"),
+    ({"splits": {}}, "splits are"),
+    ({"special_ids": {"pad": 0, "cls": 1, "sep": 2, "mask": 10**6}}, "special_ids are"),
+    ({"sources": [{"name": 3, "documents": 1}]}, "name of a source is 3"),
+    ({"sources": [{}]}, "documents of a source is None"),
+    (one_shard(split="test"), "rows of 'test'"),
+    (one_shard(rows=0), "has 0 rows of 'train'"),
+    ({"splits": {"train": {}, "validation": {}}}, "'padding' is missing"),
+    (one_shard(rows=2), "do not add up"),
+    (one_shard(rows=2**60), "has 1152921504606846976 rows"),
+    (one_shard(sha256="x"), "sha256 is 'x'"),
+    *((one_shard(name=name), "files.0..name.*outside") for name in ("../x", "/x", "a/b", "..", "")),
+    (one_shard(name="a\nb"), "outside"),
+    *((tokenizer_file(name), "outside") for name in ("../x", "x", "tokenizer/../x", "tokenizer/")),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FIELDS)
+def test_a_sealed_manifest_that_is_wrong_is_refused_by_field(
+    copied: Path, change: dict[str, Any], message: str
 ) -> None:
-    path = copied / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=message):
+    resealed(copied, lambda fields: fields.update(change))
+    with pytest.raises(InputError, match=f"manifest.json is .*{message}"):
         read_manifest(copied)
+
+
+def test_a_manifest_without_a_seal_is_refused_with_the_remedy(copied: Path) -> None:
+    path = copied / "manifest.json"
+    path.write_text(json.dumps(read_sealed_json(path)))
+    with pytest.raises(InputError, match="older version .it holds no checksum.; .*shard the corp"):
+        read_manifest(copied)
+
+
+@pytest.mark.parametrize("linked", ["train", "tokenizer"])
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(
+    copied: Path, linked: str, tmp_path: Path
+) -> None:
+    place = copied / (read_manifest(copied).files[0].name if linked == "train" else linked)
+    place.rename(copied / "elsewhere")
+    place.symlink_to("elsewhere")
+    read_manifest(copied)
+    (copied / "elsewhere").rename(tmp_path / "elsewhere")
+    place.unlink()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="files.0..name, .*leads outside the folder"):
+        read_manifest(copied)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+def places(value: object) -> list[tuple[Any, Any]]:
+    """Every container and key of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)  # type: ignore[call-overload]
+    found = [(value, key) for key, _ in items]
+    return found + [
+        p for _, key in found if isinstance(value[key], dict | list) for p in places(value[key])
+    ]  # type: ignore[index]
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_value_in_any_field_is_refused_or_changes_only_what_may_differ(
+    shards: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder, good = tmp_path_factory.getbasetemp() / "sealed", read_manifest(shards)
+    folder.mkdir(exist_ok=True)
+    fields = read_sealed_json(shards / "manifest.json")
+    container, key = data.draw(st.sampled_from(places(fields)))
+    if data.draw(st.booleans()):
+        del container[key]
+    else:
+        container[key] = data.draw(JSON)
+    write_sealed_json(folder / "manifest.json", fields)
+    try:
+        found = read_manifest(folder)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:  # other names, digests and counts may be right; what adds up still does
+        assert found.splits.keys() == good.splits.keys()
+        assert sum(file.rows for file in found.files) == sum(s.rows for s in found.splits.values())
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
@@ -152,6 +245,70 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied: Path, content: byt
     (copied / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match="malformed"):
         read_manifest(copied)
+
+
+def replace_dataset(path: Path, how: str) -> None:
+    """The same rows of a shard, led to by way of another file."""
+    with h5py.File(path, "r+") as file:
+        rows = file["input_ids"][:]
+        del file["input_ids"]
+        raw, other = path.with_suffix(".raw"), path.with_suffix(".other")
+        raw.write_bytes(rows.tobytes())
+        if how == "external":
+            place = [(str(raw), 0, rows.nbytes)]
+            file.create_dataset("input_ids", rows.shape, rows.dtype, external=place)
+            return
+        with h5py.File(other, "w") as beside:
+            beside["input_ids"] = rows
+        if how == "link":
+            file["input_ids"] = h5py.ExternalLink(str(other), "input_ids")
+        else:
+            layout = h5py.VirtualLayout(rows.shape, rows.dtype)
+            layout[:] = h5py.VirtualSource(str(other), "input_ids", rows.shape)
+            file.create_virtual_dataset("input_ids", layout)
+
+
+@pytest.mark.parametrize("how", ["external", "link", "virtual"])
+def test_a_shard_that_leads_to_other_files_is_refused(copied: Path, how: str) -> None:
+    path = copied / read_manifest(copied).of_split("train")[0].name
+    replace_dataset(path, how)
+    with pytest.raises(InputError, match=f"{path.name}: input_ids .* leads elsewhere"):
+        ShardReader(copied, "train").read(np.array([0]))
+
+
+def test_good_rows_stand_in_for_those_of_bad_shards_and_the_others_keep_their_numbers(
+    shards: Path,
+) -> None:
+    """Shards of 100 rows, the second and the last bad: row 100 + n becomes row n."""
+    files = read_manifest(shards).of_split("train")
+    plain = ShardReader(shards, "train")
+    rows = plain.read(np.arange(plain.rows))
+    reader = ShardReader(shards, "train", {files[1].name, files[-1].name})
+    assert reader.rows == plain.rows
+    found = reader.read(np.arange(plain.rows))
+    last = 100 * (len(files) - 1)
+    assert (found[:100] == rows[:100]).all()
+    assert (found[200:last] == rows[200:last]).all()
+    assert (found[100:200] == rows[:100]).all()
+    assert (found[last:] == rows[200 : 200 + len(rows) - last]).all()  # behind those used already
+    shuffled = np.random.default_rng(0).permutation(plain.rows)
+    assert (reader.read(shuffled) == found[shuffled]).all()
+    reader.expect(np.arange(0, plain.rows, 50), 50)
+
+
+def test_one_good_shard_stands_in_for_all_others(shards: Path) -> None:
+    files = read_manifest(shards).of_split("train")
+    reader = ShardReader(shards, "train", {file.name for file in files[1:]})
+    found = reader.read(np.arange(reader.rows))
+    assert (found == np.resize(found[:100], found.shape)).all()
+
+
+def test_validation_does_without_bad_shards(copied: Path, corpus: Path) -> None:
+    manifest = read_manifest(copied)
+    (file,) = manifest.of_split("validation")
+    assert ShardReader(copied, "validation", {"train-x.h5"}).rows == file.rows
+    with pytest.raises(InputError, match="every validation shard in .* is bad"):
+        ShardReader(copied, "validation", {file.name})
 
 
 def test_no_validation_rows_is_refused_with_the_remedy(

@@ -261,7 +261,7 @@ def test_the_folder_of_another_run_is_refused_naming_what_differs(
     output = shutil.copytree(unbroken, tmp_path / "out")
     if not complete:
         (output / "manifest.json").unlink()
-        (output / ".sharding" / "journal.npz").write_bytes(b"")
+        (output / ".sharding" / "journal").write_bytes(b"")
     with pytest.raises(InputError, match=named):
         run_here(output, corpus, flags=f"{SMALL} --workers 1 {flags}")
 
@@ -376,7 +376,7 @@ def test_going_on_removes_only_its_own_left_overs(
     run_here: RunHere, corpus: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    ours = [output / ".tokenizer.77.old", output / ".sharding" / ".journal.npz.77.part"]
+    ours = [output / ".tokenizer.77.old", output / ".sharding" / ".journal.77.part"]
     for path in ours:
         path.mkdir(parents=True)
     first = journal_module.Journal(output)

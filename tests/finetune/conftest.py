@@ -84,14 +84,20 @@ def byte_level() -> PreTrainedTokenizerFast:
     return _finish(tokenizer, names, ["input_ids", "attention_mask"])
 
 
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tiny_bert(folder: Path) -> None:
     """A tiny random BERT with an MLM head and without a pooler, as our students are."""
-    folder, tokenizer = tmp_path_factory.mktemp("bert"), wordpiece()
+    tokenizer = wordpiece()
     torch.manual_seed(0)
     shape = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SHAPE)
     BertForMaskedLM(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT."""
+    folder = tmp_path_factory.mktemp("bert")
+    write_tiny_bert(folder)
     return folder
 
 

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Features, Image
 from safetensors.torch import load_file, save_file
 
 from finetune.run import use_one_device
-from tests.finetune.conftest import mnli_rows, write_parquet
+from tests.finetune.conftest import mnli_rows, run_program, write_parquet
 
 NAMES = ["entailment", "neutral", "contradiction"]
 Refusal = Callable[..., str]
@@ -154,6 +156,44 @@ def test_a_label_that_is_no_single_value_is_refused(
     assert "give strings, integers or floats" in line
 
 
+def test_a_text_that_would_fill_the_memory_is_named_by_its_row(
+    refusal: Refusal, bert: Path, tmp_path: Path
+) -> None:
+    rows = [{"sentence": "x", "label": 0}, {"sentence": "x " * 600_000, "label": 1}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    line = refusal("--model", bert, *own(tmp_path, text, kind="jsonl"))
+    assert "row 1 has a text of 1200000 characters" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("sentence,sentence,label\na,b,1\nc,d,2\n", "csv", "2 columns are called 'sentence'"),
+        ('{"sentence": "a", "sentence": "b", "label": 1}\n', "jsonl", "stands twice"),
+        ('{"sentence": "\\ud800", "label": 1}\n', "jsonl", "no column can hold"),
+        ('{"sentence": "a", "label": ' + "9" * 40 + "}\n", "jsonl", "no column can hold"),
+        ("[" * 100_000, "jsonl", "line 1 is not JSON"),
+        ("sentence,label\na,1e300\nb,0.5\n", "csv", "give numbers up to 1e+15"),
+    ],
+)
+def test_what_no_column_can_hold_is_named(
+    refusal: Refusal, bert: Path, tmp_path: Path, text: str, kind: str, said: str
+) -> None:
+    assert said in refusal("--model", bert, *own(tmp_path, text, kind=kind))
+
+
+def test_a_parquet_whose_metadata_asks_to_open_other_files_is_refused(
+    refusal: Refusal, bert: Path, glue: Path
+) -> None:
+    train = glue / "mnli/train.parquet"
+    table = pq.read_table(train)
+    features = Features({name: Image() for name in table.column_names}).to_dict()
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(described), train)
+    line = refusal("--model", bert, "--task", "mnli", "--data", glue)
+    assert f"{train}: column 'premise' is Image(" in line
+
+
 def test_words_are_no_numbers_for_a_regression(
     refusal: Refusal, bert: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +228,85 @@ def test_a_folders_own_code_never_runs(
     assert f"--model {copied}: " in line
     assert not (tmp_path / "ran").exists()
     assert sys.stdin.read() == "y\n"  # nobody was asked
+
+
+def test_code_of_a_folder_is_refused_by_name(refusal: Refusal, copied: Path, glue: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "a.B"}}))
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue)
+    assert "auto_map {'AutoModel': 'a.B'}: it names Python code of its own" in line
+
+
+class Trap:
+    """Pickled, it would write a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_refused_and_never_opened(
+    refusal: Refusal, copied: Path, glue: Path, tmp_path: Path
+) -> None:
+    (copied / "model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "opened"), copied / "pytorch_model.bin")
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue)
+    assert "its weights are a pickle (pytorch_model.bin)" in line
+    assert not (tmp_path / "opened").exists()
+
+
+def test_an_index_of_weights_cannot_leave_the_folder(
+    refusal: Refusal, copied: Path, glue: Path
+) -> None:
+    (copied / "model.safetensors").unlink()
+    index = {"weight_map": {"bert.embeddings.word_embeddings.weight": "../theirs.safetensors"}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue)
+    assert "model.safetensors.index.json has ../theirs.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, more than 1000"),
+        ({"num_labels": 10**10}, "num_labels 10000000000, more than 100000"),
+        ({"intermediate_size": 10**8}, "config.json describes 1.3e+10 weights"),
+        ({"num_hidden_layers": 1}, "weights belong to layers that config.json does not have"),
+        ({"hidden_act": "nope"}, "config.json cannot be used (KeyError: 'nope')"),
+        ({"layer_norm_eps": float("nan")}, "its outputs are not finite"),
+        ({"hidden_dropout_prob": float("nan")}, "cannot compute a row of text"),
+        (
+            {"id2label": {"0": "a", "7": "b"}, "architectures": ["BertForSequenceClassification"]},
+            "1",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(
+    refusal: Refusal, copied: Path, glue: Path, change: dict[str, object], said: str
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | change))
+    flags = ("--task", "mnli", "--data", glue, "--max_length", "32")
+    assert said in refusal("--model", copied, *flags)
+
+
+def test_weights_that_are_not_finite_are_named(refusal: Refusal, copied: Path, glue: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.bias"
+    weights[name][3] = float("nan")
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue, "--max_length", "32")
+    assert f"{name} holds numbers that are not finite" in line
+
+
+def test_a_damaged_potstill_json_is_found_before_the_training(
+    refusal: Refusal, copied: Path, glue: Path
+) -> None:
+    (copied / "potstill.json").write_text("{")
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue, "--max_length", "32")
+    assert "potstill.json cannot be read" in line
 
 
 def test_a_tokenizer_of_another_model_is_refused(
@@ -263,9 +382,39 @@ def test_a_folder_with_other_files_is_refused(
     assert "not empty and not a fine-tuning run" in line
 
 
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_run_is_kept_and_named_before_anything_is_read(
+    bert: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / name).write_text('{"cut')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.run.load", lambda _: pytest.fail("the data was read"))
+        with pytest.raises(SystemExit):
+            run_program(("--model", bert, "--task", "rte"), run)
+    assert f"error: {run / name}: cannot be read" in capsys.readouterr().err
+    assert (run / name).read_text() == '{"cut'
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300])
+def test_an_output_that_cannot_be_is_refused(
+    refusal: Refusal, bert: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("somebody's")
+    line = refusal("--model", bert, "--task", "rte", "--data", "gone", output=tmp_path / place)
+    assert line.startswith("error: --output ")
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
 @pytest.mark.parametrize(
     "flags",
-    [["--lr", "0"], ["--batch_size", "0"], ["--warmup", "1.5"], ["--max_length", "0"], ["--no"]],
+    [
+        *(["--lr", "0"], ["--batch_size", "0"], ["--warmup", "1.5"], ["--max_length", "0"]),
+        *(["--lr", "nan"], ["--seed", str(2**32)], ["--epochs", "9" * 20], ["--no"]),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(
     refusal: Refusal, bert: Path, flags: list[str]

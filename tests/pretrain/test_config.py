@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from potstill.errors import InputError
-from pretrain.config import PRESETS, Config, parse_config
+from pretrain.config import Config, parse_config
 from pretrain.objectives import build_objective
+from pretrain.presets import PRESETS
 from tests.launch import flags
 
 NEEDED = {"data": "shards", "objective": "att-mse", "output": "run", "ds_config": "cpu.json"}

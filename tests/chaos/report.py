@@ -1,0 +1,46 @@
+"""The table of what came of the parts, and their file."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from potstill.files import write_json
+from tests.chaos.common import Outcome
+
+HEAD = ("part", "seed", "asked", "passed", "seconds", "details")
+
+
+def read_report(path: Path | None) -> dict[str, Any]:
+    """An earlier report, or the beginning of one."""
+    if path is None or not path.exists():
+        return {"parts": {}}
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+def is_done(report: dict[str, Any], part: str, seed: int, count: int) -> bool:
+    """Whether a report has a part with this seed and count."""
+    done = report["parts"].get(part, {})
+    return (done.get("seed"), done.get("asked")) == (seed, count)
+
+
+def add(
+    path: Path | None, report: dict[str, Any], name: str, seed: int, seconds: float, out: Outcome
+) -> None:
+    """Add a part's outcome, and write the file at once."""
+    report["parts"][name] = {**asdict(out), "seed": seed, "seconds": round(seconds)}
+    if path is not None:
+        write_json(path, report)
+
+
+def table(report: dict[str, Any], parts: Iterable[str]) -> str:
+    """One Markdown table of the parts."""
+    rows = [HEAD, ("---", *["---:"] * 4, "---")]
+    for name in parts:
+        part = report["parts"][name]
+        details = "; ".join(f"{what}: {figure}" for what, figure in part["details"].items())
+        figures = (part[column] for column in HEAD[1:5])
+        rows.append((name, *(f"{figure:,}" for figure in figures), details))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

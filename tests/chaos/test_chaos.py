@@ -1,0 +1,132 @@
+"""The short form of the chaos program, each part with few cases, and whether it sees what it seeks.
+
+`python -m tests.chaos` does more.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+
+from tests.chaos import kills, preemptions
+from tests.chaos.__main__ import part_of
+from tests.chaos.chains import Struck, resumed_wrong
+from tests.chaos.common import Outcome
+from tests.chaos.report import add, is_done, read_report, table
+from tests.chaos.runs import Result, Seen, Setup, shares
+from tests.chaos.worlds import RANKS, other_rows, walks
+
+SHORT = {  # part: seed and count
+    "kills": (0, 2),
+    "preemptions": (0, 2),
+    "worlds": (0, 1),
+    "sharder": (0, 4),
+    "bad_input": (0, 150),
+    "flips": (0, 60),
+}
+LAUNCHED, BARE = Setup(2, 1), Setup(2, 1, launcher=False)
+WHOLE = Result([(1, 0.5, 1.0), (2, 0.25, 1.0)], [(0, 1.0), (2, 0.5)], {"student": "ab"})
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("part", SHORT)
+def test_nothing_is_lost(part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    seed, count = SHORT[part]
+    folder = tmp_path_factory.getbasetemp() / f"chaos-{part}"
+    folder.mkdir()
+    outcome = part_of(part)(seed, count, folder)
+    assert not outcome.failures, "\n".join(outcome.failures)
+    assert (outcome.asked, outcome.passed) == (count, count)
+
+
+@pytest.mark.parametrize("part", [kills, preemptions])
+def test_a_hundred_draws_reach_every_target_and_moment(part: object) -> None:
+    draw, aims = getattr(part, "draw"), getattr(part, "AIMS")  # noqa: B009
+    blows = [draw(0, case, LAUNCHED) for case in range(100)]
+    assert blows == [draw(0, case, LAUNCHED) for case in range(100)], "no pure function"
+    assert {blow.aim for blow in blows} == set(aims)
+    assert {blow.target for blow in blows} >= {"rank", "launch.py", "deepspeed", "group"}
+    assert {draw(0, case, BARE).target for case in range(100)} <= {"rank", "ranks", "group"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        replace(WHOLE, losses=WHOLE.losses[:1]),
+        replace(WHOLE, losses=[*WHOLE.losses, WHOLE.losses[1]]),
+        replace(WHOLE, losses=[WHOLE.losses[0], (2, 0.25, 1.0 + 2**-52)]),
+        replace(WHOLE, held_out=WHOLE.held_out[1:]),
+        replace(WHOLE, weights={"student": "ac"}),
+        replace(WHOLE, weights={}),
+    ],
+)
+def test_a_run_that_is_not_bitwise_the_unbroken_one_is_told(broken: Result) -> None:
+    assert broken.differences(WHOLE) and not WHOLE.differences(WHOLE)
+
+
+@pytest.mark.parametrize(
+    "before, after, right",
+    [
+        (Seen(None, 0, ()), Seen(5, 7, ()), True),  # fresh
+        (Seen(5, 7, ()), Seen(10, 12, (5,)), True),  # went on
+        (Seen(5, 7, ()), Seen(5, 7, ()), True),  # ended before it got there
+        (Seen(5, 7, ()), Seen(10, 12, ()), False),  # took steps, from scratch
+        (Seen(5, 7, ()), Seen(10, 12, (0,)), False),  # from an older one
+        (Seen(10, 12, (5,)), Seen(5, 7, ()), False),  # its metrics were cut away
+    ],
+)
+def test_a_start_from_elsewhere_than_the_newest_checkpoint_is_told(
+    before: Seen, after: Seen, right: bool
+) -> None:
+    assert bool(resumed_wrong(before, after)) is not right
+
+
+def _struck(part: object, after: Seen, seconds: float | None, status: int) -> Struck:
+    blow = replace(preemptions.draw(0, 0, BARE), number=preemptions.SIGINT)
+    before = Seen(5, 5, ())
+    return Struck(blow, "rank", before, before, after, 0, seconds, [status, status])
+
+
+def test_a_preemption_without_its_checkpoint_or_status_is_told() -> None:
+    def faults(after: Seen, seconds: float | None, status: int) -> int:
+        return len(preemptions.judge(_struck(preemptions, after, seconds, status), BARE))
+
+    assert faults(Seen(9, 9, (5,)), 1.0, 130) == 0
+    assert faults(Seen(8, 9, (5,)), 1.0, 130) == 1
+    assert faults(Seen(9, 9, (5,)), None, 130) == 1
+    assert faults(Seen(9, 9, (5,)), 1.0, 143) == 1
+
+
+def test_a_kill_that_takes_a_checkpoint_or_leaves_processes_is_told() -> None:
+    def faults(newest: int, seconds: float | None) -> int:
+        struck = _struck(kills, Seen(newest, 9, ()), seconds, -SIGKILL)
+        return len(kills.judge(struck, LAUNCHED))
+
+    assert (faults(5, 1.0), faults(0, 1.0), faults(5, None)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 12])
+def test_walks_have_as_many_changes_as_asked(count: int) -> None:
+    planned = walks(0, count)
+    assert sum(len(walk) - 1 for walk in planned) == count
+    assert all(a != b for walk in planned for a, b in zip(walk, walk[1:], strict=False))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_cut_takes_the_same_rows_in_the_same_order(ranks: int) -> None:
+    assert other_rows(0, ranks) == []
+
+
+def test_the_report_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "chaos.json"
+    outcome = Outcome("kills", 1200, 1199, ["kills 3-7: …"], {"runs": 12, "targets": "rank 3"})
+    add(path, read_report(path), "kills", 3, 61.2, outcome)
+    report = read_report(path)
+    assert is_done(report, "kills", 3, 1200)
+    assert not is_done(report, "kills", 4, 1200) and not is_done(report, "flips", 3, 1200)
+    assert table(report, ["kills"]).splitlines()[2] == (
+        "| kills | 3 | 1,200 | 1,199 | 61 | runs: 12; targets: rank 3 |"
+    )
+    assert shares(["a", "b", "a"]) == "a 2, b 1"

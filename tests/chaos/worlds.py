@@ -1,0 +1,196 @@
+"""A run that goes on on other numbers of ranks and other stages of ZeRO.
+
+Each leg of a walk is stopped by SIGTERM and the next one continues the same folder on another cut
+(ranks, stage). The ten losses behind each change are compared with those of a run that was never
+changed; the rows of each step are compared in this process.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGTERM
+
+import numpy as np
+
+from potstill.console import progress
+from pretrain.batches import Slices
+from pretrain.order import Order
+from tests.chaos.common import Outcome
+from tests.chaos.runs import (
+    GLOBAL_BATCH,
+    MICRO_BATCH,
+    Seen,
+    Setup,
+    last_step,
+    materials_beside,
+    read_lines,
+    start,
+)
+from tests.chaos.starts import Started
+from tests.launch import START_LIMIT
+
+RANKS, STAGES = (1, 2, 4), (0, 1, 2, 3)
+WALKS = (
+    [(1, 0), (2, 0), (4, 0), (1, 0)],
+    [(2, 0), (2, 1), (2, 2), (2, 3)],
+)
+COMPARED, TOLERANCE = 10, 1e-4
+LEG, ROOM = 12, 30  # steps of a leg until it is stopped, and those that the run has for it
+STOP_SECONDS = 30.0
+AT_ONCE = 2
+Cut = tuple[int, int]
+
+
+@dataclass
+class Tally:
+    """What came of all walks."""
+
+    failures: list[str] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
+    passed: int = 0
+
+
+def run(seed: int, count: int, folder: Path) -> Outcome:
+    """Change cuts so many times: the two fixed walks first, where there is room for them."""
+    tally, planned = Tally(), walks(seed, count)
+    materials_beside(folder)
+    with progress(total=count, unit="change") as bar, ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def act(number: int) -> None:
+            faults = Walk(planned[number], folder / f"walk-{number}", folder, tally).follow()
+            tally.failures += [f"worlds {seed}-{number} {planned[number]}: {f}" for f in faults]
+            bar.update(len(planned[number]) - 1)
+
+        list(pool.map(act, range(len(planned))))
+    rows = [f"worlds {seed}: {fault}" for cut in RANKS for fault in other_rows(seed, cut)]
+    details: dict[str, int | float | str] = {
+        "walks": "; ".join(" -> ".join(f"{r}r zero{s}" for r, s in walk) for walk in planned),
+        "largest relative difference": f"{max(tally.differences, default=float('nan')):.1e}",
+        "losses compared": len(tally.differences),
+        "same rows, same order": "no" if rows else "yes",
+    }
+    return Outcome("worlds", count, tally.passed, tally.failures + rows, details)
+
+
+def walks(seed: int, count: int) -> list[list[Cut]]:
+    """Walks with `count` changes in all."""
+    fixed = [list(walk) for walk in WALKS] if count >= 6 else []
+    left = count - sum(len(walk) - 1 for walk in fixed)
+    lengths = [min(3, left - first) for first in range(0, left, 3)]
+    return fixed + [mixed(seed, number, changes) for number, changes in enumerate(lengths)]
+
+
+def mixed(seed: int, number: int, changes: int) -> list[Cut]:
+    """A random walk; no cut is followed by itself."""
+    drawn = random.Random(f"{seed}-{number}")
+    cuts = [(ranks, stage) for ranks in RANKS for stage in STAGES]
+    walk = [drawn.choice(cuts)]
+    while len(walk) <= changes:
+        walk.append(drawn.choice([cut for cut in cuts if cut != walk[-1]]))
+    return walk
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A run on cuts that change, and one that keeps the first of them."""
+
+    cuts: Sequence[Cut]
+    place: Path
+    folder: Path
+    tally: Tally
+
+    def follow(self) -> list[str]:
+        """Do both runs and compare; what went wrong."""
+        self.place.mkdir(parents=True)
+        unchanged = self._start(self.cuts[0], "unchanged")
+        faults, changes = self._finish(unchanged, "unchanged"), list[int]()
+        for number, cut in enumerate(self.cuts):
+            if faults:
+                return faults
+            started = self._start(cut, "run")
+            if number == len(self.cuts) - 1:
+                faults = self._finish(started, "run")
+            else:
+                faults = self._stop(started)
+                changes.append(Seen.of(self.place / "run").newest or 0)
+        return faults or self._compare(changes)
+
+    def _start(self, cut: Cut, name: str) -> Started:
+        setup = Setup(*cut, launcher=cut[0] > 1)
+        return start(
+            setup,
+            materials_beside(self.folder),
+            self.place / name,
+            f"{name}-{setup.name}",
+            dropout=0,
+            lr=1e-3,
+            max_steps=ROOM * len(self.cuts),
+            save_every=0,
+            finetune_markers=None,
+        )
+
+    def _finish(self, started: Started, name: str) -> list[str]:
+        """Wait for the end of a run."""
+        try:
+            ended = started.wait_ended(START_LIMIT) is not None
+            if ended and set(started.statuses()) == {0}:
+                return []
+            return [f"{name}: status {started.statuses()}: {started.tail()}"]
+        finally:
+            started.end()
+
+    def _stop(self, started: Started) -> list[str]:
+        """Stop a leg when it has taken its steps."""
+        run = self.place / "run"
+        begin, before = time.monotonic(), Seen.of(run)
+        try:
+            while last_step(run) < before.step + LEG and not started.ended():
+                if time.monotonic() - begin > START_LIMIT:
+                    return [f"no step in {START_LIMIT} s: {started.tail()}"]
+                time.sleep(0.002)
+            started.send(SIGTERM, "ranks")
+            if started.wait_ended(STOP_SECONDS) is None:
+                return [f"did not end within {STOP_SECONDS:.0f} s: {started.tail()}"]
+        finally:
+            started.end()
+        after = Seen.of(run)
+        if after.newest != after.step or after.step < before.step + LEG:
+            return [f"stopped at {after.step} with checkpoint {after.newest}: {started.tail()}"]
+        return []
+
+    def _compare(self, changes: Sequence[int]) -> list[str]:
+        """The losses behind each change, and where the legs went on."""
+        theirs, ours = (
+            {line["step"]: line["loss"] for line in read_lines(run) if line["kind"] == "train"}
+            for run in (self.place / "unchanged", self.place / "run")
+        )
+        resumes, faults = Seen.of(self.place / "run").resumes, []
+        if list(resumes) != list(changes):
+            return [f"stopped at {changes}, went on at {resumes}"]
+        for step, cut in zip(changes, self.cuts[1:], strict=True):
+            compared = range(step + 1, step + 1 + COMPARED)
+            found = [abs(ours[n] - theirs[n]) / abs(theirs[n]) for n in compared]
+            self.tally.differences.extend(found)
+            if max(found) <= TOLERANCE:
+                self.tally.passed += 1
+            else:
+                faults.append(f"behind step {step} on {cut}: losses differ by {max(found):.1e}")
+        return faults
+
+
+def other_rows(seed: int, ranks: int, rows: int = 5_000, steps: int = 200) -> list[str]:
+    """Steps whose rows, or their order, are not those of a lone rank."""
+    order, faults = Order(rows, seed), []
+    accumulation = GLOBAL_BATCH // MICRO_BATCH // ranks
+    slices = [Slices(MICRO_BATCH, accumulation, rank, ranks) for rank in range(ranks)]
+    for step in random.Random(seed).sample(range(100_000), steps):
+        micro_steps = range(step * accumulation, (step + 1) * accumulation)
+        taken = np.concatenate([one.samples(n) for n in micro_steps for one in slices])
+        epochs, found = order(taken)
+        expected = order(np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
+        if not (np.array_equal(epochs, expected[0]) and np.array_equal(found, expected[1])):
+            faults.append(f"step {step} on {ranks} ranks takes other rows")
+    return faults
