@@ -6,6 +6,7 @@ A folder's own Python code never runs: without `trust_remote_code=False` the lib
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
     Raises:
         InputError: a file is missing or damaged, the tokenizer has more words than the model
             embeds, encoder weights are missing or not finite, the model is too short for
-            `max_length`, or it cannot compute a row.
+            `max_length`, or it cannot compute a row, or be saved.
     """
     config = _config(folder)
     _check_size(folder, config)
@@ -208,8 +209,11 @@ def _check_a_row(folder: Path, classifier: Classifier, max_length: int) -> None:
         )
         with torch.random.fork_rng(), torch.no_grad():
             finite = model(**row).logits.isfinite().all()
+        with tempfile.TemporaryDirectory() as beside:  # nor must saving fail after the training
+            classifier.tokenizer.save_pretrained(beside)
+            model.config.save_pretrained(beside)
     except Exception as error:  # as for the config
-        raise _unusable(folder, "cannot compute a row of text", error) from error
+        raise _unusable(folder, "cannot compute a row and be saved again", error) from error
     if not finite:
         raise InputError(
             f"--model {folder}: its outputs are not finite; save or copy the model again"

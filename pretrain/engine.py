@@ -257,7 +257,7 @@ def finish(loop: Loop, plan: Plan) -> None:
         loop.validate()
     if run.save:
         loop.save()
-    loop.settle()
+    loop.saver.settle()
     for learner in run.learners if run.save else ():
         learner.export(learner.folder / "student", end.step)
     if run.settings.dry_run:

@@ -1,7 +1,6 @@
 """The training loop: batch, step, log, validate, export, save; for one student or several."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,22 +8,20 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from potstill.console import is_main_rank, progress, say
-from potstill.errors import TrainingError
 from potstill.signals import Stopped
 from pretrain.agreement import Agreement, from_main_rank
 from pretrain.batches import Batch
-from pretrain.checkpoint import CheckpointWriter, Progress
+from pretrain.checkpoint import Progress
 from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.features import Feature
 from pretrain.learner import Learner, step_loss
 from pretrain.meter import Meter
+from pretrain.saving import AGAIN, Saver
 from pretrain.signals import Signals
 from pretrain.step import train_step, validation_terms, with_features
 from pretrain.students import Stop
 from pretrain.teacher import Teacher
-
-AGAIN = "run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -87,23 +84,19 @@ class Loop:
     meter: Meter = field(init=False)
     clock: Clock = field(init=False)
     agreement: Agreement = field(init=False)
-    writer: CheckpointWriter = field(init=False, default_factory=CheckpointWriter)
-    saved: tuple[int, int] | None = field(init=False)
+    saver: Saver = field(init=False)
     told: int = field(init=False, default=0)
     """The signal to obey, 0 for none; the same on every rank."""
     teacher: Teacher | None = field(init=False)
     teacher_share: float = field(init=False)
     """FLOPs of the teacher's forward per token and student."""
-    _unsettled: bool = field(init=False, default=False)
-    """Whether a checkpoint was begun of which not all ranks know that it stands."""
-    _writing: tuple[int, float, float] | None = field(init=False, default=None)
-    """Step, seconds that training waited, and the start of the checkpoint that is being written."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device, [learner.name for learner in self.run.learners])
         self.clock = Clock(self.now.seconds, self.run.device, self.meter)
         self.agreement = Agreement(self.run.device)
-        self.saved = (self.now.step, self.now.validated) if self.run.resumed else None
+        place = (self.now.step, self.now.validated) if self.run.resumed else None
+        self.saver = Saver(self.agreement, self.run.settings.keep_checkpoints, place)
         self._share_teacher()
 
     @contextmanager
@@ -116,13 +109,12 @@ class Loop:
         with self.run.signals.deferred():
             try:
                 yield
-                self.settle()
                 self._ask()
                 kept = "everything is saved"
             except _Told:
                 self.save(hurried=True)
-                self.settle()
-                kept = f"step {self.now.step} is saved: {AGAIN}" if self.saved else f"{AGAIN}"
+                self.saver.settle()
+                kept = f"step {self.now.step} is saved: {AGAIN}" if self.saver.place else AGAIN
             if self.told:
                 raise Stopped(self.told, kept)
 
@@ -221,20 +213,13 @@ class Loop:
         told, seconds, faulty = self.agreement.largest(
             float(self.run.signals.pending or 0),
             self.clock.seconds() if is_main_rank() else 0.0,
-            float(fault is not None or self.writer.has_failed()),
+            float(fault is not None or self.saver.has_failed()),
             phase=self.meter.phase,
         )
         self.told = int(told)
         if faulty:
-            self._fail(fault or self._wait_for_writer())
+            self.saver.fail(fault)
         return seconds
-
-    def _fail(self, fault: str | None) -> None:
-        """End the run because rank 0 cannot write; what is on disk stays as it is."""
-        raise TrainingError(
-            f"{fault or 'rank 0 cannot write'}; earlier checkpoints are as they were: make room, "
-            f"then {AGAIN}"
-        )
 
     def _leave_if_told(self) -> None:
         if self.told:
@@ -252,7 +237,7 @@ class Loop:
             self.now = replace(self.now, seconds=self.clock.seconds())
         for learner in self.run.learners:
             learner.log(self.now, self.run.peak_flops, reading)
-        self._note_written()
+        self.saver.note_written()
 
     def _summarise(self) -> None:
         """What the run took, for each student that learned to the end; the papers' beside."""
@@ -292,7 +277,7 @@ class Loop:
             self._stop(learner, learner.loss()[0])
 
     def _has_good(self, learner: Learner) -> bool:
-        self.settle()
+        self.saver.settle()
         return from_main_rank(learner.last_good) is not None
 
     def _go_back(self) -> None:
@@ -302,7 +287,7 @@ class Loop:
         assert checkpoint is not None
         say(f"step {self.now.step}: going back to {checkpoint.name}, this once")
         self.now = replace(learner.go_back(checkpoint), flops=0.0)
-        self.saved = (self.now.step, self.now.validated)
+        self.saver.place = (self.now.step, self.now.validated)
 
     def _stop(self, learner: Learner, loss: float) -> None:
         """Take out a student that learns no more; the others go on. All ranks agree on it."""
@@ -338,69 +323,19 @@ class Loop:
         self.now = replace(self.now, validated=self.now.step)
 
     def save(self, hurried: bool = False) -> None:
-        """Begin to write checkpoints, unless that of this step stands or nothing is to be written.
+        """Begin to write checkpoints, if there is anything to save.
 
         None is written while updates are left out, since its weights may be the reason; but a
         run that is told to leave (`hurried`) has no other chance.
         """
-        run, place = self.run, (self.now.step, self.now.validated)
+        run = self.run
         in_doubt = any(learner.progress.skipped_in_a_row for learner in run.learners)
-        if not run.save or not run.learners or self.now.step == 0 or self.saved == place:
+        if not run.save or not run.learners or self.now.step == 0:
             return
         if in_doubt and not hurried and not self._finished():
             return
         with self.clock.paused():
-            self.settle()
-            if self.saved is not None and self.saved[0] == self.now.step:
-                for learner in run.learners:
-                    learner.mark_validated(self.now)
-            else:
-                self._begin_to_write()
-        self.saved = place
-
-    def _begin_to_write(self) -> None:
-        began = time.perf_counter()
-        for learner, probe in zip(self.run.learners, self._probe(), strict=True):
-            learner.save(self.now, probe, self.writer)
-        self._unsettled = True
-        self._writing = self.now.step, time.perf_counter() - began, began
-
-    def settle(self) -> None:
-        """Wait until the checkpoint that is being written stands, on all ranks.
-
-        Raises:
-            TrainingError: it cannot be written.
-        """
-        if not self._unsettled:
-            return
-        self._unsettled, fault = False, self._wait_for_writer()
-        (failed,) = self.agreement.largest(float(fault is not None))
-        if failed:
-            self._fail(fault)
-        self._note_written()
-
-    def _wait_for_writer(self) -> str | None:
-        """What went wrong in writing, on rank 0; None if nothing did."""
-        try:
-            self.writer.settle()
-        except OSError as error:
-            self._writing = None
-            return f"the checkpoint cannot be written ({error.strerror or error})"
-        return None
-
-    def _note_written(self) -> None:
-        """Once a checkpoint stands: say so in the metrics, and let older ones go.
-
-        Old ones go only when all students have the new one: a run that is killed in between goes on
-        from the newest that all have.
-        """
-        if self._writing is None or not self.writer.is_done() or self.writer.has_failed():
-            return
-        (step, stalled, began), self._writing = self._writing, None
-        for learner in self.run.learners:
-            learner.saved(step, stalled, time.perf_counter() - began)
-        for learner in self.run.learners:
-            learner.keep_newest(self.run.settings.keep_checkpoints)
+            self.saver.save(run.learners, self.now, self._probe)
 
     def _probe(self) -> list[dict[str, float]]:
         """The unweighted terms of each student's loss on the probe; all ranks call it."""

@@ -34,10 +34,6 @@ LOADERS = {
 ALLOWED = {
     ("pretrain/objectives/__init__.py", "importlib.import_module"): "--objective module.path:Class",
     ("tests/data_prep/test_shard_format.py", "pickle.loads"): "of what the test itself pickled",
-    (
-        "benchmarks/peers.py",
-        "importlib.import_module",
-    ): "public code that the benchmark's user named",
 }
 
 

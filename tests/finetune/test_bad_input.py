@@ -276,7 +276,7 @@ def test_an_index_of_weights_cannot_leave_the_folder(
         ({"num_hidden_layers": 1}, "weights belong to layers that config.json does not have"),
         ({"hidden_act": "nope"}, "config.json cannot be used (KeyError: 'nope')"),
         ({"layer_norm_eps": float("nan")}, "its outputs are not finite"),
-        ({"hidden_dropout_prob": float("nan")}, "cannot compute a row of text"),
+        ({"hidden_dropout_prob": float("nan")}, "cannot compute a row and be saved again"),
         (
             {"id2label": {"0": "a", "7": "b"}, "architectures": ["BertForSequenceClassification"]},
             "1",
@@ -399,7 +399,7 @@ def test_a_damaged_run_is_kept_and_named_before_anything_is_read(
     assert (run / name).read_text() == '{"cut'
 
 
-@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300])
+@pytest.mark.parametrize("place", ["file", "file/run", "file/run/deeper"])
 def test_an_output_that_cannot_be_is_refused(
     refusal: Refusal, bert: Path, tmp_path: Path, place: str
 ) -> None:
