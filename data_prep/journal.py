@@ -62,6 +62,7 @@ class Journal:
         self._journal = self.folder / "journal"
         self._settings = self.folder / "settings.json"
         self._lock: IO[str] | None = None
+        self._made_output = False
 
     def is_complete(self, settings: dict[str, Any]) -> bool:
         """Whether the output holds the finished shards of these very settings.
@@ -147,6 +148,7 @@ class Journal:
             InputError: the folder cannot be made, or another process works in it.
         """
         try:
+            self._made_output = not self.output.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,10 +239,19 @@ class Journal:
         (self.folder / "lock").unlink(missing_ok=True)
         shutil.rmtree(self.learned_tokenizer, ignore_errors=True)
 
+    def undo(self) -> None:
+        """Remove the working folder of a refused run that has nothing to go on from."""
+        if self._lock is None or self._journal.exists() or self.learned_tokenizer.exists():
+            return
+        shutil.rmtree(self.folder)
+        if self._made_output:
+            self.output.rmdir()
+
     def release(self) -> None:
         """Let other processes work in the folder."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
 
 def _is_ours(path: Path) -> bool:

@@ -205,6 +205,9 @@ def shard(args: argparse.Namespace) -> None:
         if pieces_change_tokens(TextEncoder(*encoder_settings(tokenizer))):
             say("note: this tokenizer reads a paragraph differently behind another than on its own")
         manifest, tokens, seconds = sharder.run(args.workers, args.engine)
+    except InputError:
+        journal.undo()
+        raise
     except OSError as error:
         raise PotstillError(
             f"{args.output} cannot be written ({error.strerror or error}); finished shards are "
@@ -241,6 +244,9 @@ def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) ->
     try:
         journal.begin(settings)
         manifest, tokens, seconds = converter.run()
+    except InputError:
+        journal.undo()
+        raise
     except Signalled as signalled:
         if converter.state.finished:  # all rows are read: the same command completes the folder
             raise

@@ -122,8 +122,16 @@ class TextEncoder:
         self._forbidden_ids = np.array(sorted(forbidden.values()))
 
     def ids(self, pieces: list[str]) -> list[list[int]]:
-        """What the tokenizer itself gives for each piece."""
-        found = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        """What the tokenizer itself gives for each piece.
+
+        Raises:
+            InputError: it cannot, as one that lacks its own unknown token.
+        """
+        try:
+            found = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        except Exception as error:  # the library raises a bare one
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the tokenizer is damaged ({reason}); fetch it again") from error
         return [one.ids for one in found]
 
     def encode(self, pieces: list[str]) -> list[np.ndarray]:

@@ -5,8 +5,6 @@ A folder's own Python code never runs: without `trust_remote_code=False` the lib
 
 import hashlib
 import json
-import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +16,24 @@ import transformers
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep.tokenization import load_tokenizer, vocabulary_size
+from data_prep.tokenization import load_tokenizer
+from finetune.model_checks import (
+    check_a_row,
+    check_memory,
+    check_positions,
+    check_vocabulary,
+    check_weights,
+    fresh_parameters,
+    tokenizing,
+    unusable,
+)
 from finetune.tasks import Rows
 from potstill.errors import InputError
 from potstill.files import sha256_of, whole_folder
-from pretrain.model_folder import check_model_folder, check_size
+from pretrain.model_folder import check_model_folder
 from pretrain.models import UNTRAINED
 
 FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model"}
-OF_A_LAYER = re.compile(r"\.layers?\.\d+\.")
-LONGEST_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def potstill_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(folder, "potstill.json cannot be read", error) from error
+        raise unusable(folder, "potstill.json cannot be read", error) from error
     if not isinstance(facts, dict):
         raise InputError(f"--model {folder}: potstill.json is no JSON object; copy it again")
     return facts
@@ -89,7 +95,7 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a wrong value raises whatever its first use happens to raise
-        raise _unusable(folder, "config.json cannot be used", error) from error
+        raise unusable(folder, "config.json cannot be used", error) from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -110,9 +116,9 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
             `max_length`, or it cannot compute a row, or be saved.
     """
     config = _config(folder)
-    _check_size(folder, config)
+    check_memory(folder, config)
     tokenizer = load_tokenizer(folder)
-    _check_vocabulary(folder, tokenizer, config)
+    check_vocabulary(folder, tokenizer, config)
     transformers.set_seed(seed)
     names = list(order) or ["score"]
     try:
@@ -130,36 +136,17 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
                 output_attentions=False,
             )
     except Exception as error:  # as for the config
-        raise _unusable(folder, "cannot be loaded", error) from error
-    _check_positions(model, max_length)
-    fresh = _fresh(folder, model, loading["missing_keys"])
-    _check_weights(folder, model, loading["unexpected_keys"])
-    classifier = Classifier(model, tokenizer, fresh)
-    _check_a_row(folder, classifier, max_length)
-    return classifier
-
-
-def _check_size(folder: Path, config: Any) -> None:
-    try:
-        check_size(folder, config, "--model")
-    except InputError:
-        raise
-    except Exception as error:  # as for the config
-        raise _unusable(folder, "config.json cannot be used", error) from error
-
-
-def _check_vocabulary(folder: Path, tokenizer: Any, config: Any) -> None:
-    words = vocabulary_size(tokenizer)
-    if words > config.vocab_size:
-        raise InputError(
-            f"--model {folder}: the tokenizer has {words} words, the model "
-            f"embeds {config.vocab_size}; copy the tokenizer that it was trained with"
-        )
+        raise unusable(folder, "cannot be loaded", error) from error
+    check_positions(model, max_length)
+    fresh = fresh_parameters(folder, model, loading["missing_keys"])
+    check_weights(folder, model, loading["unexpected_keys"])
+    check_a_row(folder, model, tokenizer, max_length)
+    return Classifier(model, tokenizer, fresh)
 
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Quiet the library's report on missing weights; `_fresh` checks and returns them."""
+    """Quiet the library's report on missing weights; `fresh_parameters` checks and returns them."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -168,80 +155,9 @@ def _only_errors() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def _fresh(folder: Path, model: Any, missing: set[str]) -> tuple[str, ...]:
-    encoder, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
-    lost = sorted(name for name in missing if name.startswith(encoder) and pooler not in name)
-    if lost:
-        raise InputError(
-            f"--model {folder}: {len(lost)} encoder weights are missing, "
-            f"{lost[0]} first; save the whole model again"
-        )
-    return tuple(sorted(missing))
-
-
-def _check_weights(folder: Path, model: Any, unexpected: set[str]) -> None:
-    beyond = sorted(name for name in unexpected if OF_A_LAYER.search(name))
-    if beyond:
-        raise InputError(
-            f"--model {folder}: {len(beyond)} weights belong to layers that config.json does not "
-            f"have, {beyond[0]} first; save or copy the model again"
-        )
-    for name, weights in model.named_parameters():
-        if not weights.isfinite().all():
-            raise InputError(
-                f"--model {folder}: {name} holds numbers that are not finite; "
-                "save or copy the model again"
-            )
-
-
-def _check_a_row(folder: Path, classifier: Classifier, max_length: int) -> None:
-    """Compute one short pair: settings that no reader checks fail here, not after minutes."""
-    needed = classifier.tokenizer.num_special_tokens_to_add(pair=True) + 2
-    if max_length < needed:
-        raise InputError(
-            f"--max_length {max_length}: two texts and the special tokens need {needed}; "
-            f"give {needed} or more"
-        )
-    model = classifier.model.train()  # dropout has settings too
-    try:
-        row = classifier.tokenizer(
-            "a", "b", return_tensors="pt", **_tokenizing(classifier, max(LONGEST_PROBE, needed))
-        )
-        with torch.random.fork_rng(), torch.no_grad():
-            finite = model(**row).logits.isfinite().all()
-        with tempfile.TemporaryDirectory() as beside:  # nor must saving fail after the training
-            classifier.tokenizer.save_pretrained(beside)
-            model.config.save_pretrained(beside)
-    except Exception as error:  # as for the config
-        raise _unusable(folder, "cannot compute a row and be saved again", error) from error
-    if not finite:
-        raise InputError(
-            f"--model {folder}: its outputs are not finite; save or copy the model again"
-        )
-
-
-def _check_positions(model: Any, max_length: int) -> None:
-    embedding = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if embedding is None:  # relative positions have no limit
-        return
-    # RoBERTa counts its positions from behind the padding index.
-    offset = 0 if embedding.padding_idx is None else embedding.padding_idx + 1
-    positions = embedding.num_embeddings - offset
-    if max_length > positions:
-        raise InputError(
-            f"--max_length {max_length}: the model has {positions} positions; "
-            f"give {positions} or less"
-        )
-
-
-def _unusable(folder: Path, what: str, error: Exception) -> InputError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return InputError(f"--model {folder}: {what} ({reason}); save or copy the model again")
-
-
 def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_length: int) -> Dataset:
     """Token ids of every row, cut to `max_length` and not yet padded, with `labels` (rows,)."""
-    settings = _tokenizing(classifier, max_length)
+    settings = tokenizing(classifier.model, max_length)
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
         return classifier.tokenizer(*(batch[name] for name in columns), **settings)
@@ -250,13 +166,6 @@ def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_leng
     texts = dict(zip(columns, zip(*rows.texts, strict=True), strict=True))
     table = Dataset.from_dict({**texts, "labels": list(labels)})
     return table.map(tokenize, batched=True, remove_columns=columns, desc="tokenising")
-
-
-def _tokenizing(classifier: Classifier, max_length: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
-    if getattr(classifier.model.config, "type_vocab_size", 0) < 2:
-        settings["return_token_type_ids"] = False  # RoBERTa has no second type to embed
-    return settings
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

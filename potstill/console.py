@@ -1,17 +1,20 @@
 """What a program prints: one voice per run (rank 0), progress bars, errors in one line."""
 
+import errno
 import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
 from potstill.errors import PotstillError
 
 OTHERS_WAIT_SECONDS = 5.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def is_main_rank() -> bool:
@@ -22,8 +25,9 @@ def is_main_rank() -> bool:
 def say(message: str) -> None:
     """Print a line for people, once per run, without breaking a progress bar."""
     if is_main_rank():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):  # whoever read it may be gone: no reason to lose what is done
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def progress(items: Iterable[Any] | None = None, **settings: Any) -> "tqdm[Any]":
@@ -36,8 +40,9 @@ def progress(items: Iterable[Any] | None = None, **settings: Any) -> "tqdm[Any]"
 def program(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a program's `main`: a `PotstillError` becomes one line on stderr and its exit status.
 
-    Every rank of a launched run fails alike, so only rank 0 prints; the others wait a little,
-    because the launcher ends all ranks as soon as one is gone.
+    So does a disk that is full or cannot be written. Every rank of a launched run fails alike, so
+    only rank 0 prints; the others wait a little, because the launcher ends all ranks as soon as one
+    is gone.
     """
 
     @functools.wraps(main)
@@ -45,10 +50,20 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except PotstillError as error:
-            if is_main_rank():
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(OTHERS_WAIT_SECONDS)
-            sys.exit(error.exit_status)
+            _end(str(error), error.exit_status)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            _end(f"{place}{error.strerror}; make room, and run the same command again", 1)
 
     return wrapped
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if is_main_rank():
+        with suppress(OSError):
+            print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHERS_WAIT_SECONDS)
+    sys.exit(status)

@@ -79,8 +79,12 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     plain = content[: seal.start()] + _ZEROS + content[seal.end() :]
     if hashlib.sha256(plain).hexdigest() != seal[1].decode():
         raise ValueError("it is damaged: its checksum does not fit")
-    value = json.loads(content)
-    del value["checksum"]
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict) or value.pop("checksum", None) != seal[1].decode():
+        raise ValueError("its checksum is not its last field")
     return value
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shard_format import ShardReader
 from pretrain.masking import Masking
 from pretrain.order import Order
+from pretrain.signals import ignore_in_worker
 
 BATCHES_VERSION = 2  # of how order and masks are drawn: a run goes on only under its own
 GROUP_ROWS = 1024  # made at once: 1 MiB of ids at 128 tokens
@@ -209,6 +210,7 @@ def training_batches(
         sampler=itertools.count(first, batches.group),
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=ignore_in_worker if workers else None,
     )
     return itertools.chain.from_iterable(loader)
 

@@ -14,9 +14,11 @@ state, nor a position in the data, to save besides.
 """
 
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from pretrain.engine_state import EngineState
 RECORD = "checkpoint.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 FORMAT = 1
+LAST_CHANCE_SECONDS = 20.0
 _GROUPS = {WEIGHTS: ("weights", "buffers", "frozen"), OPTIMIZER: ("moments",)}
 
 
@@ -63,7 +66,7 @@ class Record:
     Attributes:
         progress: where the run was. world_size, zero_stage: how it ran; it may go on otherwise.
         identity: of the run, from `run_folder.identity_of`.
-        probe: each term of the loss on a few fixed rows, None where it was not finite.
+        probe: each unweighted term of the loss on a few fixed rows. probe_rows: their digest.
         numbers, scale, skipped, optimizer: of `EngineState`.
     """
 
@@ -72,6 +75,7 @@ class Record:
     zero_stage: int
     identity: dict[str, Any]
     probe: dict[str, float]
+    probe_rows: str
     numbers: dict[str, float]
     scale: dict[str, float]
     skipped: int
@@ -106,6 +110,10 @@ class CheckpointWriter:
         """Whether a write has ended with an error, which `settle` raises."""
         return any(write.done() and write.exception() for write in self._under_way)
 
+    def wait_briefly(self) -> None:
+        """Give what is being written a last chance, when the process is about to be ended."""
+        wait(self._under_way, LAST_CHANCE_SECONDS)
+
     def settle(self) -> None:
         """Wait for what is being written.
 
@@ -123,9 +131,22 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: Re
         for name, groups in _GROUPS.items():
             path = beside / name
             named = {f"{g}/{key}": t for g in groups for key, t in tensors[g].items()}
-            save_file({key: tensor.contiguous() for key, tensor in named.items()}, path)
+            with disk_errors(path):
+                save_file({key: tensor.contiguous() for key, tensor in named.items()}, path)
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         _write_record(beside, record, files)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A block in which what safetensors says of a full disk is an `OSError`, as elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _write_record(folder: Path, record: Record, files: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from potstill.errors import InputError
 from pretrain.acceleration import AccelerationConfig
+from pretrain.health import EarlyStop
 from pretrain.objectives import (
     OBJECTIVES,
     SUMS,
@@ -26,7 +27,6 @@ from pretrain.options import (
     check,
     check_values,
     option,
-    refuse_repeats,
 )
 from pretrain.presets import read_preset
 
@@ -298,6 +298,13 @@ class RunConfig:
         "last good checkpoint, once; then stop.",
         5,
     )
+    early_stop_after: float | None = option(
+        "Share of the run after which a validation must have reached --early_stop_loss, or the run "
+        "stops."
+    )
+    early_stop_loss: float | None = option(
+        "The validation loss that a run must have reached by --early_stop_after."
+    )
     dry_run: bool = option("Print the plan, train two steps, write nothing.", False)
     local_rank: int = option("Set by the launcher.", -1)
 
@@ -309,8 +316,21 @@ class RunConfig:
         for name in ("log_every", "keep_checkpoints", "validation_rows", "max_skipped_steps"):
             value = getattr(self, name)
             check(value is None or value > 0, f"--{name} {value} must be positive")
+        after, loss = self.early_stop_after, self.early_stop_loss
+        check(
+            (after is None) == (loss is None),
+            "--early_stop_after and --early_stop_loss go together: give both, or none",
+        )
+        check(after is None or 0 < after < 1, f"--early_stop_after {after} must be between 0 and 1")
         check(0 <= self.seed < 2**63, f"--seed {self.seed} must lie in 0 … 2^63 - 1")
         self.markers()
+
+    @property
+    def early_stop(self) -> EarlyStop | None:
+        """When to give the run up, if ever."""
+        if self.early_stop_after is None or self.early_stop_loss is None:
+            return None
+        return EarlyStop(self.early_stop_after, self.early_stop_loss)
 
     def markers(self) -> list[float]:
         """Shares of the run at which students are exported, ascending."""
@@ -363,7 +383,7 @@ class Config:
         free = {"resume", "dry_run", "local_rank", "log_every", "save_every", "keep_checkpoints"}
         free |= {"validate_every", "loader_workers", "check_shards", "on_bad_shard"}
         free |= {"preset", "output", "ds_config", "validation_rows", "students", "loss_form"}
-        free |= {"max_skipped_steps"}
+        free |= {"max_skipped_steps", "early_stop_after", "early_stop_loss"}
         free |= {"compile", "gradient_checkpointing", "teacher_stream"}
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
@@ -389,7 +409,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    refuse_repeats(arguments)
     first = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(arguments)[0].preset

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+from collections.abc import Set
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,17 @@ from potstill.console import is_main_rank, say
 from potstill.errors import InputError
 from potstill.files import remove_leftovers, write_json
 from potstill.lock import Lock
+from potstill.secrets import redacted
 from pretrain.acceleration import offloads_optimizer, use_apex_layer_norm, zero_stage
 from pretrain.agreement import from_main_rank
 from pretrain.attention import Attention, choose_attention
-from pretrain.checkpoint import Progress, load_state, read_record, remove_checkpoints
+from pretrain.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    load_state,
+    read_record,
+    remove_checkpoints,
+)
 from pretrain.config import Config, ScheduleConfig
 from pretrain.encoder import encode
 from pretrain.engine_state import EngineState, write_state
@@ -34,6 +42,8 @@ from pretrain.learner import Learner
 from pretrain.loop import Loop, Run
 from pretrain.metrics import Metrics
 from pretrain.models import HEADS, UNTRAINED
+from pretrain.monitors import Monitors, without_monitors
+from pretrain.ops_folder import OpsFolder
 from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.peak import Peak, find_peak
 from pretrain.plan import Plan, StudentPlan, teacher_flops
@@ -55,12 +65,14 @@ from pretrain.teacher import Teacher
 PROBE_ROWS, DRY_STEPS = 8, 2
 
 _held: Lock | None = None  # of this process: a lock ends when its file is closed
+_ops: OpsFolder | None = None
 
 
 def start_ranks() -> torch.device:
     """Join the other ranks (or be the only one) and take a device and a share of the cores."""
     single_rank_defaults()
-    _own_folder_for_builds()
+    global _ops
+    _ops = OpsFolder()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     disable_progress_bar()  # the library's bars for loading weights drown our own lines
     accelerator = get_accelerator()
@@ -75,10 +87,26 @@ def start_ranks() -> torch.device:
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, verbose=False
     )
+    if on_cpu:
+        _unname_shared_memory()
     # gloo's threads must not outlive the interpreter, however the program ends: the process would
     # now and then abort (status -6) in place of its own exit status.
     atexit.register(_leave_ranks)
     return torch.device("cpu" if on_cpu else f"{accelerator.device_name()}:{local_rank}")
+
+
+def _unname_shared_memory() -> None:
+    """Let the memory through which DeepSpeed's ranks on a CPU reduce end with them.
+
+    DeepSpeed never removes it: each start would leave 66 MiB a rank behind, until the machine is
+    full. Once all ranks have it open, it needs no name.
+    """
+    dist.barrier()
+    here = [
+        str(os.getuid()),
+        *(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")),
+    ]
+    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *here])).unlink(missing_ok=True)
 
 
 def _leave_ranks() -> None:
@@ -86,22 +114,9 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _own_folder_for_builds() -> None:
-    """Let DeepSpeed build its ops where no other project does, and name a build that was killed.
-
-    A build that was killed half-way leaves a lock behind, on which every later start would wait
-    for ever without a word.
-    """
-    folder = Path.home() / ".cache" / "potstill" / "torch_extensions"
-    place = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)))
-    for lock in place.rglob("lock"):
-        say(
-            f"note: {lock} says that another start is building DeepSpeed's op, or was killed while "
-            "it did; if no other run is starting, delete that file, or this one waits for ever"
-        )
-
-
-def build_run(plan: Plan, device: torch.device, signals: Signals) -> tuple[Run, Progress]:
+def build_run(
+    plan: Plan, device: torch.device, signals: Signals, writer: CheckpointWriter
+) -> tuple[Run, Progress]:
     """Build each student's engine and everything around it; load checkpoints if there are any.
 
     Raises:
@@ -135,7 +150,11 @@ def build_run(plan: Plan, device: torch.device, signals: Signals) -> tuple[Run, 
         peak_flops=peak.flops_per_second if peak else None,
         device=device,
         signals=signals,
+        writer=writer,
+        loader_workers=plan.config.data.loader_workers,
     )
+    if _ops is not None:
+        _ops.release()
     validated = min(start.validated for start in starts)
     return run, replace(starts[0], flops=0.0, validated=validated)
 
@@ -167,14 +186,14 @@ def _build_learner(
     kept = freeze_encoder(module) if config.student.freeze else set()
     frozen = freeze_unreached(module, probe, data.probe(2))
     with own.member.blamed():
-        start, state, saved_probe = _read_checkpoint(own, module, frozen)
+        start, state, saved_probe = _read_checkpoint(own, data, module, frozen)
     unreached = {name: value for name, value in frozen.items() if name not in kept}
     untrained = [*untrained_parts(unreached, module.student), *_untrained_before(own)]
     with own.member.blamed():
         engine = _start_engine(plan, own, module, device)
         if state is not None:
             write_state(engine, state, start.step)
-    metrics = _open_metrics(own, engine, start)
+    metrics = _open_metrics(own, start, plan.left_out)
 
     def export(target: Path, step: int) -> None:
         facts = _facts(plan, own, target.name, step)
@@ -196,16 +215,18 @@ def _build_learner(
         frozen=frozen,
         identity=own.identity,
         progress=start,
+        probe_rows=data.probe_digest(PROBE_ROWS),
         probe=saved_probe,
+        held_out=from_main_rank(metrics.last_validation),
     )
 
 
 def _read_checkpoint(
-    own: StudentPlan, module: Distillation, frozen: dict[str, Tensor]
+    own: StudentPlan, data: RunData, module: Distillation, frozen: dict[str, Tensor]
 ) -> tuple[Progress, EngineState | None, dict[str, float] | None]:
     """Where a student goes on, its state, and its loss on the probe; its frozen parts are set.
 
-    The probe of a run with other settings cannot be compared.
+    The probe of a run with other settings, or of other rows, cannot be compared.
     """
     if own.checkpoint is None:
         return Progress(), None, None
@@ -221,7 +242,8 @@ def _read_checkpoint(
     changed = sorted(n for n in own.identity if own.identity[n] != record.identity.get(n))
     if changed:
         say(f"note: {own.checkpoint} is of a run with another {', '.join(changed)}")
-    return record.progress, state, None if changed else record.probe
+    same_rows = record.probe_rows == data.probe_digest(PROBE_ROWS)
+    return record.progress, state, record.probe if same_rows and not changed else None
 
 
 def _untrained_before(own: StudentPlan) -> list[str]:
@@ -304,7 +326,10 @@ def _start_engine(plan: Plan, own: StudentPlan, module: Distillation, device: to
         optimizer = build_optimizer(groups, settings, speed.fused, on_cpu)
     try:
         engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=groups, optimizer=optimizer, config=own.ds_config
+            model=module,
+            model_parameters=groups,
+            optimizer=optimizer,
+            config=without_monitors(own.ds_config),
         )
     except (NotImplementedError, ValueError, ZeRORuntimeException) as error:
         raise InputError(
@@ -335,7 +360,7 @@ def _record_run(plan: Plan, peak: Peak | None) -> None:
         for own in plan.students:
             place = own.member.folder
             write_json(place / "config.json", _record(plan, own.config, own.identity))
-            write_json(place / "ds_config.json", own.ds_config)
+            write_json(place / "ds_config.json", redacted(own.ds_config))
             write_json(place / "environment.json", environment)
             remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
     dist.barrier()
@@ -343,24 +368,28 @@ def _record_run(plan: Plan, peak: Peak | None) -> None:
 
 def _record(plan: Plan, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for part in asdict(config).values() for k, v in part.items()}
-    return {"settings": settings, "identity": identity, "begun_on_ranks": plan.begun_on}
+    record = {"settings": settings, "identity": identity, "begun_on_ranks": plan.begun_on}
+    return redacted(record)
 
 
-def _open_metrics(own: StudentPlan, engine: Any, start: Progress) -> Metrics:
+def _open_metrics(own: StudentPlan, start: Progress, left_out: Set[str]) -> Metrics:
     """A student's metrics, without lines that a resumed run will write again."""
     if own.config.run.dry_run:
         return Metrics(None)
-    metrics = Metrics(own.member.folder / "metrics.jsonl", engine.monitor)
+    metrics = Metrics(own.member.folder / "metrics.jsonl")
     metrics.cut_behind(start.step if own.checkpoint else -1)
+    metrics.monitor = Monitors(own.ds_config, start.step, metrics.monitor_failed)
     if own.checkpoint:
         metrics.write("event", start.step, event="resume", checkpoint=own.checkpoint.name)
+    for name in sorted(left_out):
+        metrics.write("event", start.step, event="bad shard", file=name)
     return metrics
 
 
 def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]:
     """The model card's rows."""
     config, shape = own.config, own.student.shape
-    return {
+    facts = {
         "name": f"{shape.layers}x{shape.hidden} student" if plan.teacher else "Encoder",
         "teacher": config.teacher.teacher or "none (pretrained from scratch)",
         "objective": config.objective.objective,
@@ -376,6 +405,7 @@ def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]
         "seed": config.run.seed,
         "code commit": git_commit() or "unknown",
     }
+    return redacted(facts)
 
 
 def _estimate(plan: Plan, end: Progress) -> str:

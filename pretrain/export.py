@@ -1,17 +1,14 @@
 """The student as a Hugging Face folder: weights, tokenizer, model card, and a check of it all."""
 
 import copy
+import html
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 from transformers import AutoModelForMaskedLM
 
 from data_prep.shard_format import TOKENIZER_FOLDER
@@ -20,7 +17,9 @@ from potstill.errors import TrainingError
 from potstill.files import whole_folder, write_json, write_text
 from pretrain.attention import Attention
 from pretrain.batches import Batch
+from pretrain.checkpoint import disk_errors
 from pretrain.encoder import encode
+from pretrain.engine_state import whole_weights
 from pretrain.features import Feature
 from pretrain.models import UNTRAINED
 from pretrain.step import Distillation
@@ -29,46 +28,17 @@ LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 
 """Between logits before and after an export, by the trainer's precision; seen is 0 in float32."""
 
 
-def full_weights(
-    module: Distillation, optimizer: Any, frozen: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The student's weights in float32 on the CPU, by name; all ranks call it.
+def full_weights(engine: Any, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights in float32 on the CPU, by name; all ranks call it, rank 0 gets them.
 
     Under half precision they are the optimiser's master weights, and what was never trained is
     as it was before it was rounded. Under ZeRO-3 the parts of all ranks are gathered.
     """
-    weights, masters = {}, _masters_without_zero(optimizer)
-    for name, parameter in module.student.named_parameters():
-        if name in frozen:
-            weights[name] = frozen[name]
-            continue
-        master = masters.get(id(parameter))
-        if master is None:
-            master = safe_get_full_fp32_param(parameter)
-        if master is None:
-            assert parameter.dtype == torch.float32, f"no master weights of {name}"
-            master = parameter
-        weights[name] = master.detach().float().cpu().clone()
-    return weights
-
-
-def _masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
-    """Master weights by their half-precision parameter's id, under half precision without ZeRO.
-
-    DeepSpeed's `safe_get_full_fp32_param` knows those of its ZeRO optimisers only.
-    """
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        masters = optimizer.fp32_groups
-    elif isinstance(optimizer, FP16_Optimizer):
-        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
-        masters = [_unflatten_dense_tensors(whole, group) for whole, group in flat]
-    else:
+    masters = whole_weights(engine)
+    if not is_main_rank():
         return {}
-    return {
-        id(half): master
-        for half_group, master_group in zip(optimizer.fp16_groups, masters, strict=True)
-        for half, master in zip(half_group, master_group, strict=True)
-    }
+    names = (name for name, _ in engine.module.student.named_parameters())
+    return {n: frozen[n] if n in frozen else masters[f"student.{n}"] for n in names}
 
 
 def export_student(
@@ -100,7 +70,7 @@ def export_student(
     ours = module.logits(probe)
     for part in was_training:
         part.training = True
-    weights = full_weights(module, engine.optimizer, frozen)
+    weights = full_weights(engine, frozen)
     if not is_main_rank():
         return None
     with whole_folder(folder) as beside:
@@ -129,7 +99,8 @@ def _write_model(
     parameters = {name for name, _ in model.named_parameters()}
     assert not unexpected and not parameters & set(missing), (missing, unexpected)
     model.tie_weights()
-    model.save_pretrained(folder)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -142,7 +113,7 @@ def _difference(folder: Path, ours: Tensor, probe: Batch, attention: Attention) 
 
 
 def _card_text(facts: Mapping[str, Any], untrained: list[str]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
     parts = ", ".join(f"`{part}`" for part in untrained) or "none"
     return f"""---
 library_name: transformers
@@ -162,3 +133,8 @@ teacher. It opens with `AutoModelForMaskedLM` or any `AutoModelFor…` class.
 Parts that no objective trained (they are as initialised): {parts}.
 Where the MLM head is among them, fill-mask gives nothing of worth.
 """
+
+
+def _cell(value: Any) -> str:
+    """A value in a row of a Markdown table, in one line."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from data_prep.shard_format import read_manifest
 from potstill.errors import InputError
 from pretrain.models import check_local
-from pretrain.options import check, check_values, option, refuse_repeats
+from pretrain.options import check, check_values, option
 from pretrain.run_folder import data_identity
 from pretrain.student.depth import LIST, NAMED_INITS
 from pretrain.student.width import CONSISTENT, LOWEST
@@ -124,7 +124,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> ExtractConfig:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    refuse_repeats(arguments)
     config, unknown = parser.parse_args_into_dataclasses(
         args=arguments, return_remaining_strings=True, look_for_args_file=False
     )

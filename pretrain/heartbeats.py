@@ -115,6 +115,10 @@ class Heartbeats:
         if self._others:
             self._thread.join(LINGER_SECONDS + BEAT_SECONDS)
 
+    def has_others(self) -> bool:
+        """Whether there is any other rank."""
+        return bool(self._others)
+
     def tick(self, seconds: float) -> None:
         """Count time in which the store may not have answered: rank 0, its host, may hang.
 

@@ -30,6 +30,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.engine_state import read_state, scale_is_at_floor, write_state
 from pretrain.features import Feature
+from pretrain.health import SpikeDetector
 from pretrain.meter import Meter, Reading
 from pretrain.metrics import Metrics
 from pretrain.objectives.composite import WeightedSum
@@ -55,7 +56,9 @@ class Learner:
         frozen: the parameters that are not trained, float32 copies by name.
         identity: of its run, for its checkpoints.
         progress: where it is; `flops` is what it cost so far, with its share of the teacher.
-        probe: the terms of its loss on the probe when its checkpoint was saved, if it has one.
+        probe_rows: a digest of the rows of the probe, which are few and fixed.
+        probe: the terms of its loss on them when its checkpoint was saved, if that can be compared.
+        held_out: its loss at the last validation, None before the first.
     """
 
     name: str
@@ -69,12 +72,15 @@ class Learner:
     frozen: Mapping[str, Tensor]
     identity: dict[str, Any]
     progress: Progress
+    probe_rows: str
     probe: dict[str, float] | None = None
+    held_out: float | None = None
     _weights: list[float] = field(init=False)
     _logged: Progress = field(init=False)
     _read: Reading | None = field(init=False, default=None)
     _skipped: int = field(init=False)
     _taken: int = field(init=False)
+    _spikes: SpikeDetector = field(init=False, default_factory=SpikeDetector)
     _told_floor: bool = field(init=False, default=False)
     _rate: float = field(init=False, default=0.0)
     _result: StepResult | None = field(init=False, default=None)
@@ -140,11 +146,11 @@ class Learner:
             self._loss = step_loss(self.objective, self._weights, self._result)
         return self._loss
 
-    def stop(self, loss: float) -> Stop:
-        """Say and write that it stops alone, for its loss or its gradients stay not finite."""
-        stop = Stop(self.progress.step, loss)
-        self.metrics.write("event", stop.step, event=STOPPED, loss=stop.loss)
-        say(f"step {stop.step}: {self.title}stopped, its loss is {stop.loss}")
+    def stop(self, loss: float, reason: str) -> Stop:
+        """Say and write that it stops alone: its loss, or its gradients, stay not finite."""
+        stop = Stop(self.progress.step, loss, reason)
+        self.metrics.write("event", stop.step, event=STOPPED, loss=stop.loss, reason=stop.reason)
+        say(f"step {stop.step}: {self.title}stopped, its loss is {stop.loss}: {stop.reason}")
         return stop
 
     @property
@@ -180,6 +186,9 @@ class Learner:
             memory_peak=reading.memory_peak,
         )
         self._read = reading
+        if spike := self._spikes.check(loss):
+            self.metrics.write("event", now.step, event="loss spike", factor=spike.factor)
+            say(f"note: step {now.step}: {self.title}{spike}")
         skipped = self.engine.skipped_steps
         if skipped > self._skipped:
             self.metrics.write("event", now.step, event="skipped step", skipped_steps=skipped)
@@ -206,14 +215,14 @@ class Learner:
         own = ("flops", "skipped_in_a_row", "rolled_back")
         return replace(now, **{name: getattr(self.progress, name) for name in own})
 
-    def write_validation(self, now: Progress, result: StepResult, rows: int) -> float:
+    def write_validation(self, now: Progress, result: StepResult, rows: int) -> None:
         """Write and say its loss on the held-out rows, with the objective's weights of `now`."""
         weights = self.objective.weights_at(self.schedule.done(now.step, now.seconds))
         loss, terms = step_loss(self.objective, weights, result)
         self.metrics.write("validation", now.step, loss=loss, terms=terms, rows=rows)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         say(f"step {now.step}: {self.title}held-out {shown} ({rows} rows)")
-        return loss
+        self.held_out = loss
 
     @property
     def checkpoints(self) -> Path:
@@ -229,6 +238,7 @@ class Learner:
             zero_stage=self.engine.zero_optimization_stage(),
             identity=self.identity,
             probe=probe,
+            probe_rows=self.probe_rows,
             numbers=state.numbers,
             scale=state.scale,
             skipped=state.skipped,

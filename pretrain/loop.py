@@ -1,26 +1,29 @@
 """The training loop: batch, step, log, validate, export, save; for one student or several."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import distributed as dist
 
 from potstill.console import is_main_rank, progress, say
 from potstill.signals import Stopped
 from pretrain.agreement import Agreement, from_main_rank
 from pretrain.batches import Batch
-from pretrain.checkpoint import Progress
+from pretrain.checkpoint import CheckpointWriter, Progress
 from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.features import Feature
+from pretrain.health import LoaderWatch
 from pretrain.learner import Learner, step_loss
 from pretrain.meter import Meter
 from pretrain.saving import AGAIN, Saver
 from pretrain.signals import Signals
 from pretrain.step import train_step, validation_terms, with_features
-from pretrain.students import Stop
+from pretrain.students import NOT_FINITE, Stop
 from pretrain.teacher import Teacher
 
 
@@ -41,6 +44,7 @@ class Run:
         resumed: whether it goes on from a checkpoint.
         tokens_per_step: of all ranks. peak_flops: of all devices together, if known.
         signals: those that end a run, as this rank sees them.
+        writer: of checkpoints. loader_workers: processes that prepare batches.
     """
 
     learners: list[Learner]
@@ -60,6 +64,8 @@ class Run:
     peak_flops: float | None
     device: torch.device
     signals: Signals
+    writer: CheckpointWriter
+    loader_workers: int
 
     @property
     def last_step(self) -> float:
@@ -85,6 +91,9 @@ class Loop:
     clock: Clock = field(init=False)
     agreement: Agreement = field(init=False)
     saver: Saver = field(init=False)
+    loader: LoaderWatch = field(init=False)
+    _waited: tuple[float, float] = field(init=False)
+    """Seconds of waiting for data and of training, at the last line of metrics."""
     told: int = field(init=False, default=0)
     """The signal to obey, 0 for none; the same on every rank."""
     teacher: Teacher | None = field(init=False)
@@ -96,7 +105,11 @@ class Loop:
         self.clock = Clock(self.now.seconds, self.run.device, self.meter)
         self.agreement = Agreement(self.run.device)
         place = (self.now.step, self.now.validated) if self.run.resumed else None
-        self.saver = Saver(self.agreement, self.run.settings.keep_checkpoints, place)
+        self.saver = Saver(
+            self.agreement, self.run.writer, self.run.settings.keep_checkpoints, place
+        )
+        self._waited = 0.0, self.now.seconds
+        self.loader = LoaderWatch(_tell, self.run.loader_workers)
         self._share_teacher()
 
     @contextmanager
@@ -122,7 +135,8 @@ class Loop:
         """Train to the end of the run, or until no student is left; returns where it ended."""
         begun = self.now.step
         self.check_probe()
-        with self.meter.running():
+        self._stop_hopeless()  # as an earlier start did
+        with self.meter.running(), self.loader:
             while True:
                 try:
                     self._advance()
@@ -180,7 +194,7 @@ class Loop:
     def step(self, batches: Iterator[Batch]) -> None:
         """One update of every student that still learns, from the next micro-batches."""
         run = self.run
-        with self.meter.phase("data"):
+        with self.meter.phase("data"), self.loader.waiting():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         finished = self.now.step + 1
         timed = run.schedule.max_hours is not None  # any step may turn out to be the last
@@ -217,6 +231,8 @@ class Loop:
             phase=self.meter.phase,
         )
         self.told = int(told)
+        if self.told:
+            self.run.signals.request(self.told)  # to another rank: this one leaves with it
         if faulty:
             self.saver.fail(fault)
         return seconds
@@ -237,6 +253,11 @@ class Loop:
             self.now = replace(self.now, seconds=self.clock.seconds())
         for learner in self.run.learners:
             learner.log(self.now, self.run.peak_flops, reading)
+        waited, before = reading.data_seconds(), self._waited
+        self._waited = waited, self.now.seconds
+        share = self.loader.check(waited - before[0], self.now.seconds - before[1])
+        for learner in self.run.learners if share else ():
+            learner.metrics.write("event", self.now.step, event="slow data", share=share)
         self.saver.note_written()
 
     def _summarise(self) -> None:
@@ -274,7 +295,7 @@ class Loop:
             alone = not learner.name and self.run.save
             if alone and not learner.progress.rolled_back and self._has_good(learner):
                 raise _GoBack
-            self._stop(learner, learner.loss()[0])
+            self._stop(learner, learner.loss()[0], NOT_FINITE)
 
     def _has_good(self, learner: Learner) -> bool:
         self.saver.settle()
@@ -289,9 +310,9 @@ class Loop:
         self.now = replace(learner.go_back(checkpoint), flops=0.0)
         self.saver.place = (self.now.step, self.now.validated)
 
-    def _stop(self, learner: Learner, loss: float) -> None:
+    def _stop(self, learner: Learner, loss: float, reason: str) -> None:
         """Take out a student that learns no more; the others go on. All ranks agree on it."""
-        self.run.stopped[learner.name] = learner.stop(loss)
+        self.run.stopped[learner.name] = learner.stop(loss, reason)
         self.run.learners.remove(learner)
         self._share_teacher()
 
@@ -307,7 +328,7 @@ class Loop:
     def validate(self) -> None:
         """Losses on the held-out rows; writes a line for each student that still learns.
 
-        A student whose loss there is not finite is stopped.
+        A student whose loss there is not finite, or above what was asked for, is stopped.
         """
         learners = list(self.run.learners)
         if not learners:
@@ -317,10 +338,21 @@ class Loop:
             engines, self.teacher, self.run.validation(), self._between_batches
         )
         for learner, result in zip(learners, results, strict=True):
-            loss = learner.write_validation(self.now, result, rows)
-            if not math.isfinite(loss):
-                self._stop(learner, loss)
+            learner.write_validation(self.now, result, rows)
         self.now = replace(self.now, validated=self.now.step)
+        self._stop_hopeless()
+
+    def _stop_hopeless(self) -> None:
+        """Stop the students whose last validation says that they will not learn enough."""
+        early, share = self.run.settings.early_stop, self._share()
+        for learner in list(self.run.learners):
+            loss = learner.held_out
+            if loss is None:
+                continue
+            if not math.isfinite(loss):
+                self._stop(learner, loss, NOT_FINITE)
+            elif early is not None and share < 1 and early.applies(share, loss):
+                self._stop(learner, loss, early.reason(share, loss))
 
     def save(self, hurried: bool = False) -> None:
         """Begin to write checkpoints, if there is anything to save.
@@ -359,6 +391,12 @@ class Loop:
             return
         for learner, terms in zip(self.run.learners, self._probe(), strict=True):
             learner.check_probe(terms)
+
+
+def _tell(message: str) -> None:
+    """Say what a single rank has noticed: any of them may be the slow one."""
+    with suppress(OSError):
+        print(f"note: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -54,6 +54,10 @@ class Reading:
         seconds = {slot: value - old.get(slot, 0.0) for slot, value in self.seconds.items()}
         return Reading(seconds, self.memory_peak)
 
+    def data_seconds(self) -> float:
+        """Waiting for batches and moving them, mean over ranks."""
+        return sum(value for slot, value in self.seconds.items() if slot.phase == "data")
+
     def shares(self, student: str) -> dict[str, float] | None:
         """Each phase's share of the time, as one student sees it; None of no time.
 

@@ -27,7 +27,7 @@ class Metrics:
         self.fault: str | None = None
 
     def cut_behind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and a torn last line: a resume repeats them."""
+        """Drop the lines of steps after `step`, and torn ones: a resume repeats them."""
         if self.path is None or not self.path.exists():
             return
         kept = []
@@ -36,8 +36,17 @@ class Metrics:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
-                break
+                continue
         write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def last_validation(self) -> float | None:
+        """The loss of the last validation in the file, on rank 0."""
+        losses = []
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(errors="replace").splitlines():
+                if '"kind": "validation"' in line:
+                    losses.append(float(json.loads(line)["loss"]))
+        return losses[-1] if losses else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line of `kind` train, validation or event, and flush it to the disk."""

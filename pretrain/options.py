@@ -46,7 +46,9 @@ def check_values(settings: Any) -> None:
         if isinstance(value, float):
             check(math.isfinite(value), f"--{one.name} {value} must be a finite number")
         elif isinstance(value, int):
-            check(-(2**63) <= value < 2**63, f"--{one.name} {str(value)[:20]}… has more than 64 bits")
+            check(
+                -(2**63) <= value < 2**63, f"--{one.name} {str(value)[:20]}… has more than 64 bits"
+            )
         elif isinstance(value, str):
             check_text(one.name, value)
 
@@ -67,18 +69,6 @@ def check_text(name: str, value: str) -> None:
         f"--{name}: a path of {len(encoded)} bytes, with {longest} in one name, is longer than any "
         "file system takes",
     )
-
-
-def refuse_repeats(arguments: Sequence[str] | None) -> None:
-    """Refuse a flag that stands twice on the command line, of which only the last would count.
-
-    Raises:
-        InputError: names the flag.
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    names = [text.split("=")[0].replace("-", "_") for text in given if text.startswith("--")]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    check(not twice, f"{', '.join(f'--{n[2:]}' for n in twice)} stands there twice; give it once")
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -32,7 +32,7 @@ from pretrain.ds_config import (
 )
 from pretrain.features import Feature
 from pretrain.flops import Work, forward_flops, student_flops
-from pretrain.models import Encoder, check_local, load_encoder
+from pretrain.models import Encoder, check_local, load_config, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
 from pretrain.run_folder import check_folders, identity_of, keep_global_batch
@@ -261,6 +261,7 @@ def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | No
     if source is None:
         return None
     check_local(source, "--teacher")
+    load_config(source, "--teacher", config.teacher.revision)  # not to be blamed on the tokenizer
     tokenizer = load_tokenizer(source, config.teacher.revision)
     check_tokenizer(tokenizer, source, Path(str(config.data.data)), manifest)
     return load_encoder(source, "--teacher", config.teacher.revision)

@@ -1,5 +1,6 @@
 """The batches of a run: training, validation, and a few rows for probes."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class RunData:
         slices = Slices(min(rows, self._validation.rows), 1, 0, 1)
         batches = validation_batches(self._validation, self._masking, self._pad, slices, rows)
         return next(iter(batches))[0]
+
+    def probe_digest(self, rows: int) -> str:
+        """What tells these rows from others: one may be left out for a bad shard."""
+        return hashlib.sha256(self.probe(rows).input_ids.numpy().tobytes()).hexdigest()
 
     def write_rows(self, learner: Learner, steps: range) -> str:
         """Write which rows some steps took, by shard, beside the student's metrics; where.

@@ -12,6 +12,7 @@ from potstill.console import say
 from potstill.errors import InputError
 from potstill.files import is_leftover
 from potstill.lock import Lock, hold
+from potstill.secrets import redacted
 from pretrain.agreement import from_main_rank
 from pretrain.batches import BATCHES_VERSION
 from pretrain.checkpoint import RECORD as CHECKPOINT_RECORD
@@ -63,9 +64,11 @@ def _begun_on(record: Path) -> int | None:
     """The number of ranks that the folder's run was begun on; None for a fresh one."""
     try:
         ranks = json.loads(record.read_text())["begun_on_ranks"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except KeyError as error:
+        raise InputError(f"{record} is not that of a run; give another --output") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
     if type(ranks) is not int or ranks < 1:
         raise InputError(f"{record}: begun_on_ranks is {ranks!r}; give another --output")
@@ -74,13 +77,14 @@ def _begun_on(record: Path) -> int | None:
 
 def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) -> dict[str, Any]:
     """What makes it this run: its settings, the shards' content, batch and precision."""
-    return {
+    identity = {
         **config.identity(),
         "data": data_identity(Path(str(config.data.data))),
         "batches_version": BATCHES_VERSION,
         "global_batch": sizes.global_batch,
         "precision": str(precision(ds_config)),
     }
+    return redacted(identity)  # as it will stand in the record
 
 
 def check_folders(
@@ -186,14 +190,14 @@ def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:
     """
     folder = record.parent
     if not record.exists():
-        if folder.exists() and (not folder.is_dir() or not _is_fresh(folder)):
+        if os.path.lexists(folder) and (not folder.is_dir() or not _is_fresh(folder)):
             raise InputError(
                 f"--output {folder} is not empty and holds no {kind}; give another folder"
             )
         return False
     try:
         before = dict(json.loads(record.read_text())["identity"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
     changed = sorted(n for n in identity if identity[n] != before.get(n))
     if changed:
@@ -229,6 +233,16 @@ def check_writable(output: Path, place: Path) -> None:
     Raises:
         InputError: no permission to write.
     """
-    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    there = next(p for p in (place, *place.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise InputError(f"--output {output}: {there} is no folder; give another")
     if not os.access(there, os.W_OK):
         raise InputError(f"--output {output}: the folder cannot be written")
+
+
+def describe_newest(output: Path) -> str:
+    """What is safe on disk of a run that ends in trouble, for a message."""
+    found = sorted(output.glob(f"**/{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))
+    if not found:
+        return "no checkpoint has been written yet"
+    return f"the last whole checkpoint is {max(path.parent.name for path in found)}"

@@ -21,9 +21,9 @@ class Saver:
     """
 
     agreement: Agreement
+    writer: CheckpointWriter
     keep: int
     place: tuple[int, int] | None
-    _writer: CheckpointWriter = field(init=False, default_factory=CheckpointWriter)
     _learners: list[Learner] = field(init=False, default_factory=list)
     _unsettled: bool = field(init=False, default=False)
     """Whether one was begun of which not all ranks know that it stands."""
@@ -51,7 +51,7 @@ class Saver:
         else:
             began = time.perf_counter()
             for learner, terms in zip(learners, probe(), strict=True):
-                learner.save(now, terms, self._writer)
+                learner.save(now, terms, self.writer)
             self._begun = now.step, began, time.perf_counter() - began
             self._learners, self._unsettled = list(learners), True
         self.place = place
@@ -71,7 +71,7 @@ class Saver:
 
     def has_failed(self) -> bool:
         """Whether what this rank was writing cannot be written."""
-        return self._writer.has_failed()
+        return self.writer.has_failed()
 
     def fail(self, fault: str | None = None) -> None:
         """End the run because rank 0 cannot write; all ranks call it."""
@@ -83,7 +83,7 @@ class Saver:
     def _wait(self) -> str | None:
         """Wait for the writer; what went wrong, None if nothing did."""
         try:
-            self._writer.settle()
+            self.writer.settle()
         except OSError as error:
             self._begun = None
             return f"the checkpoint cannot be written ({error.strerror or error})"
@@ -95,7 +95,7 @@ class Saver:
         Those go only when all students have the new one: a run that is killed in between goes on
         from the newest that all have.
         """
-        if self._begun is None or not self._writer.is_done() or self._writer.has_failed():
+        if self._begun is None or not self.writer.is_done() or self.writer.has_failed():
             return
         (step, began, stalled), self._begun = self._begun, None
         for learner in self._learners:

@@ -176,6 +176,7 @@ class StudentStep:
         self._taken, self._last = 0, len(batches) - 1
         self._norm: Tensor | None = None
         self._notes: list[dict[str, Tensor]] = []
+        self._skipped = engine.skipped_steps
 
     def take(self, batch: Batch, teacher: Features) -> None:
         """Forward and backward of the next micro-batch; the last one updates the weights."""
@@ -194,8 +195,11 @@ class StudentStep:
         self._taken += 1
 
     def result(self) -> StepResult:
-        """What the step measured, after its last micro-batch; objectives may learn from it."""
-        if self._notes:
+        """What the step measured, after its last micro-batch; objectives may learn from it.
+
+        Not from one that was left out: what spoiled its gradients may stand in the notes.
+        """
+        if self._notes and self._engine.skipped_steps == self._skipped:
             projections = dict(self._engine.module.projections.items())
             with self._phase("communication"):  # nearly all of it: vectors of the other ranks
                 self._objective.remember(self._notes, projections)

@@ -22,7 +22,8 @@ from pretrain.options import check, read_object, typed
 
 FOLDER = "students"
 STOPPED = "stopped"
-"""The event in a student's metrics.jsonl that says that its loss was not finite."""
+"""The event in a student's metrics.jsonl that says that it learns no more."""
+NOT_FINITE = "its loss or its gradients stay not finite; a lower lr or a longer warmup may help"
 
 _SECTIONS = ("student", "objective", "schedule")
 _LENGTH = frozenset({"max_steps", "max_hours", "schedule"})  # common, though in a section of ours
@@ -30,10 +31,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Stop(NamedTuple):
-    """Where a student stopped alone: the step whose loss was not finite, and that loss."""
+    """Where a student stopped before the end: the step, its loss there, and the reason."""
 
     step: int
     loss: float
+    reason: str = NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def where_stopped(member: Member) -> Stop | None:
         try:
             entry = json.loads(line)
             if entry.get("event") == STOPPED:
-                return Stop(int(entry["step"]), float(entry["loss"]))
+                reason = str(entry.get("reason", NOT_FINITE))
+                return Stop(int(entry["step"]), float(entry["loss"]), reason)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a line that was torn by a kill; the student tries that step again
     return None
@@ -152,16 +155,16 @@ def check_all_done(stopped: Mapping[str, Stop]) -> None:
     Raises:
         TrainingError: the students that did, where, and what to do.
     """
-    remedy = "a lower lr or a longer warmup, in a run with another --output"
+    if not stopped:
+        return
     if "" in stopped:  # a lone run
-        step, loss = stopped[""]
+        step, loss, reason = stopped[""]
         raise TrainingError(
-            f"the loss of step {step} is {loss}; nothing of it is saved. Its last checkpoint "
-            f"stays, and the same command tries again from there; or give {remedy}"
+            f"stopped at step {step}, loss {loss}: {reason}. Its last checkpoint stays; give a "
+            "changed run another --output"
         )
-    if stopped:
-        where = ", ".join(f"{name} (step {s.step}: {s.loss})" for name, s in stopped.items())
-        raise TrainingError(
-            f"the loss was not finite and stopped {where}; their last checkpoints stay, the other "
-            f"students are done. Give those {remedy}"
-        )
+    where = ", ".join(f"{n} (step {s.step}, loss {s.loss}: {s.reason})" for n, s in stopped.items())
+    raise TrainingError(
+        f"stopped {where}. Their last checkpoints stay, the other students are done; give those "
+        "that you change another --output"
+    )

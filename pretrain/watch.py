@@ -93,6 +93,8 @@ class Watch:
         Waits until that is known: at once where all ranks are on one host, else as long as a rank
         may be silent.
         """
+        if not self._heartbeats.has_others():
+            return None
         longest = 10.0 if self._heartbeats.all_here() else self._patience.silence + 10.0
         end = time.monotonic() + longest
         while self._heartbeats.lost is None and time.monotonic() < end:
@@ -129,8 +131,8 @@ class Watch:
         number = self._signals.requested
         assert number is not None
         _tell(
-            f"stopped by {signal.Signals(number).name} within a step, which did not end in time; "
-            f"{self._kept()}; run the same command again to go on"
+            f"rank {os.environ['RANK']} stopped by {signal.Signals(number).name} within a step, "
+            f"which did not end in time; {self._kept()}; run the same command again to go on"
         )
         self._exit(exit_status(number))
 
@@ -151,4 +153,5 @@ class Watch:
 
 def _tell(message: str) -> None:
     with suppress(OSError):  # whoever read it may be gone too
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {message}\n")  # one write: other ranks write there too
+        sys.stderr.flush()

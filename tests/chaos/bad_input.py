@@ -26,7 +26,7 @@ from typing import Any
 from potstill.console import progress
 from potstill.files import sha256_of
 from tests.chaos.common import Case, Outcome
-from tests.launch import REPOSITORY, environment
+from tests.launch import REPOSITORY, START_LIMIT, environment
 
 PROGRAMS = {  # cases, and the module that is the program
     "data_prep/shard.py": ("tests.chaos.shard_cases", "data_prep.shard"),
@@ -152,7 +152,8 @@ def _watch(program: str, seed: int, first: int, last: int, folder: Path) -> int 
         time.sleep(0.2)
         if report.stat().st_size != size:
             size, heard = report.stat().st_size, time.monotonic()
-        if time.monotonic() - heard > SILENT_SECONDS:
+        limit = SILENT_SECONDS if size else START_LIMIT  # a busy machine imports for minutes
+        if time.monotonic() - heard > limit:
             worker.kill()
             worker.wait()
             return "nothing: it hung"
@@ -167,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     call = _prepared(program, folder)
     os.chdir(folder)  # for what a relative path may come to
     with open(folder / "report.jsonl", "a") as report:
+        report.write(json.dumps({"number": int(first) - 1, "failure": None}) + "\n")  # ready
+        report.flush()
         for number in range(int(first), int(last)):
             failure = judge(program, int(seed), number, folder, call)
             report.write(json.dumps({"number": number, "failure": failure}) + "\n")

@@ -300,6 +300,9 @@ def _outcome(part: Part, count: int, tally: Tally) -> Outcome:
         "setups": shares([setup.name for setup in part.setups]),
         "runs": tally.runs,
         "left half-written": sum(one.parts > 0 for one in struck),
+        "went on to the end all the same": sum(
+            one.at.step < STEPS == one.after.step for one in struck
+        ),
         "without a checkpoint yet": sum(one.after.newest is None for one in struck),
         "longest end, s": round(max(seconds, default=0.0), 1),
     }

@@ -40,7 +40,7 @@ def draw(seed: int, case: int, setup: Setup) -> Blow:
         rank=drawn.randrange(setup.ranks),
         aim=drawn.choice(AIMS),
         steps=drawn.randint(1, 12),
-        delay=drawn.uniform(0, 0.03),
+        delay=0.03 * drawn.random() ** 3,  # mostly while the file is being written
         share=drawn.random(),
     )
 

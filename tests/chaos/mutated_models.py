@@ -40,13 +40,19 @@ FOREIGN: list[dict[str, Any]] = [
 CODE = 'import pathlib\npathlib.Path(__file__).with_name("executed").touch()\n'
 
 
-def damaged_model(chance: random.Random, model: Path, folder: Path) -> tuple[Path, bool]:
-    """A damaged copy of a model in `folder`, and whether the damage may be harmless."""
+def damaged_model(
+    chance: random.Random, model: Path, folder: Path, tokenizer: bool = True
+) -> tuple[Path, bool]:
+    """A damaged copy of a model in `folder`, and whether the damage may be harmless.
+
+    Args:
+        tokenizer: whether its tokenizer may be the damaged part; a student's is not read.
+    """
     if chance.random() < 0.08:
         return odd_path(chance, folder, lambda path: path.write_text("x")), False
     copy = folder / "model"
     shutil.copytree(model, copy)
-    return copy, chance.choice(WAYS)(chance, copy)
+    return copy, chance.choice(WAYS + TOKENIZER_WAYS * tokenizer)(chance, copy)
 
 
 def _no_config(chance: random.Random, copy: Path) -> bool:
@@ -174,7 +180,8 @@ def _update(path: Path, values: dict[str, Any]) -> None:
 WAYS: tuple[Callable[[random.Random, Path], bool], ...] = (
     *(_no_config, _no_weights, _broken_config, _bad_size, _foreign, _odd_config, _odd_config),
     *(_flipped_config, _cut_weights, _flipped_weights, _flipped_header, _other_shape),
-    *(_lost_weights, _not_finite, _pickle, _index_outside, _no_tokenizer, _broken_tokenizer),
-    _odd_tokenizer,
+    *(_lost_weights, _not_finite, _pickle, _index_outside),
 )
 """How a copy of a model may be damaged; each says whether the damage may be harmless."""
+
+TOKENIZER_WAYS = (_no_tokenizer, _broken_tokenizer, _odd_tokenizer)

@@ -10,7 +10,7 @@ from signal import SIGINT, SIGTERM, SIGUSR1
 
 from tests.chaos.chains import Blow, Part, Struck, run_chains
 from tests.chaos.common import Outcome
-from tests.chaos.runs import Setup
+from tests.chaos.runs import STEPS, Setup
 
 SETUPS = (
     Setup(2, 1, launcher=False),
@@ -51,7 +51,7 @@ def draw(seed: int, case: int, setup: Setup) -> Blow:
         rank=drawn.randrange(setup.ranks),
         aim=aim,
         steps=drawn.randint(1, 15),
-        delay=drawn.uniform(0, 0.03),
+        delay=0.03 * drawn.random() ** 3,  # mostly while the file is being written
         share=drawn.random(),
     )
 
@@ -64,6 +64,7 @@ def judge(struck: Struck, setup: Setup) -> list[str]:
     if (after.newest or 0) != after.step:
         faults.append(f"it had got to step {after.step}, its checkpoint is of {after.newest}")
     status, trained = STATUS[struck.blow.number], after.step > struck.before.step
-    if trained and not setup.launcher and set(struck.statuses) != {status}:
+    right = {status, 0} if after.step == STEPS else {status}  # 0: it had no work left
+    if trained and not setup.launcher and not set(struck.statuses) <= right:
         faults.append(f"exit statuses {struck.statuses}, not {status}")
     return faults

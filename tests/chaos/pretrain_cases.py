@@ -257,13 +257,9 @@ def _students(chance: random.Random, materials: Materials, folder: Path) -> Case
 
 def _model(chance: random.Random, materials: Materials, folder: Path) -> Case:
     source = chance.choice((materials.teacher, materials.teacher, materials.headless))
-    model, may_pass = damaged_model(chance, source, folder)
-    changes: Given = {"teacher": model}
-    if chance.random() < 0.3:
-        # a student needs no tokenizer of its own: its damage is none
-        harmless = may_pass or not (model / "tokenizer.json").exists()
-        return case(materials, folder, {"student": model}, may_pass=harmless)
-    return case(materials, folder, changes, may_pass=may_pass)
+    which = "student" if chance.random() < 0.3 else "teacher"
+    model, may_pass = damaged_model(chance, source, folder, which == "teacher")
+    return case(materials, folder, {which: model}, may_pass=may_pass)
 
 
 def _data(chance: random.Random, materials: Materials, folder: Path) -> Case:
@@ -292,7 +288,7 @@ def _output(chance: random.Random, materials: Materials, folder: Path) -> Case:
         return case(materials, folder, {"output": place}, may_pass=place.name == "nowhere")
     run.mkdir()
     identity = chance.choice(ODD_VALUES) if chance.random() < 0.7 else {"seed": 1, "lr": []}
-    record.write_text(json.dumps({"settings": {}, "identity": identity}))
+    record.write_text(json.dumps({"begun_on_ranks": 1, "identity": identity}))
     if chance.random() < 0.4:
         damage_text(chance, record)
     elif chance.random() < 0.1:

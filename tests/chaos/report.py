@@ -6,41 +6,45 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from potstill.files import write_json
+import torch
+
+from benchmarks.common import machine, write_report
 from tests.chaos.common import Outcome
 
-HEAD = ("part", "seed", "asked", "passed", "seconds", "details")
+HEAD = ("part", "seed", "asked", "passed", "seconds", "commit", "details")
 
 
 def read_report(path: Path | None) -> dict[str, Any]:
-    """An earlier report, or the beginning of one."""
+    """An earlier report: what is known of each part, by name; or an empty one."""
     if path is None or not path.exists():
-        return {"parts": {}}
+        return {}
     report: dict[str, Any] = json.loads(path.read_text())
     return report
 
 
 def is_done(report: dict[str, Any], part: str, seed: int, count: int) -> bool:
     """Whether a report has a part with this seed and count."""
-    done = report["parts"].get(part, {})
+    done = report.get(part, {})
     return (done.get("seed"), done.get("asked")) == (seed, count)
 
 
 def add(
     path: Path | None, report: dict[str, Any], name: str, seed: int, seconds: float, out: Outcome
 ) -> None:
-    """Add a part's outcome, and write the file at once."""
-    report["parts"][name] = {**asdict(out), "seed": seed, "seconds": round(seconds)}
+    """Add a part's outcome and the machine, and write the file at once, its table beside it."""
+    where = {**machine(torch.device("cpu")), "clock": "wall"}
+    report[name] = {**asdict(out), "seed": seed, "seconds": round(seconds), "machine": where}
     if path is not None:
-        write_json(path, report)
+        write_report(path, report, table(report, report) + "\n")
 
 
 def table(report: dict[str, Any], parts: Iterable[str]) -> str:
     """One Markdown table of the parts."""
-    rows = [HEAD, ("---", *["---:"] * 4, "---")]
+    rows = [HEAD, ("---", *["---:"] * 4, "---", "---")]
     for name in parts:
-        part = report["parts"][name]
+        part = report[name]
         details = "; ".join(f"{what}: {figure}" for what, figure in part["details"].items())
         figures = (part[column] for column in HEAD[1:5])
-        rows.append((name, *(f"{figure:,}" for figure in figures), details))
+        commit = part["machine"]["commit"][:10]
+        rows.append((name, *(f"{figure:,}" for figure in figures), commit, details))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -408,7 +408,11 @@ def test_a_full_disk_at_the_start_is_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(journal_module if place == "begin" else tokenization, "write_json", full)
+    writers = {
+        "begin": (journal_module, "write_sealed_json"),
+        "learning": (tokenization, "write_json"),
+    }
+    monkeypatch.setattr(*writers[place], full)
     command = f"--input {corpus} --train_tokenizer 300 --output {tmp_path}/out --workers 1"
     with pytest.raises(PotstillError, match="cannot be written .No space left on device."):
         shard(parse(command.split()))

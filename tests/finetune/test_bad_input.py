@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Features, Image
+from datasets import ClassLabel, Features, Image, Value
 from safetensors.torch import load_file, save_file
 
 from finetune.run import use_one_device
@@ -186,10 +187,11 @@ def test_a_parquet_whose_metadata_asks_to_open_other_files_is_refused(
     refusal: Refusal, bert: Path, glue: Path
 ) -> None:
     train = glue / "mnli/train.parquet"
-    table = pq.read_table(train)
-    features = Features({name: Image() for name in table.column_names}).to_dict()
-    described = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(table.replace_schema_metadata(described), train)
+    columns = mnli_rows(6, NAMES) | {"premise": [{"path": "/etc/hostname", "bytes": None}] * 6}
+    features = Features(
+        {"premise": Image(), "hypothesis": Value("string"), "label": ClassLabel(names=NAMES)}
+    )
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), train)
     line = refusal("--model", bert, "--task", "mnli", "--data", glue)
     assert f"{train}: column 'premise' is Image(" in line
 

@@ -1,7 +1,9 @@
 """The whole program on small models: what it learns, what it writes, what it leaves alone."""
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from finetune.classifier import load_classifier
-from finetune.results import claim
+from finetune.classifier import load_classifier, save_classifier
+from finetune.results import claim, write_result, writing
 from finetune.training import has_bf16
-from potstill.errors import InputError
+from potstill.errors import InputError, TrainingError
 from tests.finetune.conftest import QUICK, mnli_rows, write_parquet
 
 NAMES = ["entailment", "neutral", "contradiction"]
@@ -419,3 +421,28 @@ def test_the_real_teacher_learns_sentiment_from_a_few_hundred_reviews(
     )
     got = result["last"]["scores"]["validation"]["accuracy"]
     assert got > result["majority"]["validation"]["accuracy"] + 0.1
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_a_run_with_a_line_and_leaves_no_half_of_a_file(
+    bert: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    classifier = load_classifier(bert, ["no", "yes"], max_length=16, seed=0)
+    with pytest.raises(TrainingError, match="cannot be written.*start the same command again"):
+        with room_for(1000):
+            write_result(run, {"scores": "x" * 5000}, [])
+    with pytest.raises(TrainingError, match="cannot be written"):
+        with room_for(1000), writing(run):
+            save_classifier(classifier, run / "model")
+    assert [path.name for path in run.iterdir()] == ["log.jsonl"]

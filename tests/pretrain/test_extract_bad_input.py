@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,9 @@ def refused(
     disable_progress_bar()
 
     def call(given: Given) -> str:
-        arguments = flags(**(defaults(materials, tmp_path) | given))
-        monkeypatch.setattr(sys, "argv", ["extract.py", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            extract.main()
+            extract.main(flags(**(defaults(materials, tmp_path) | given)))
         assert stop.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -166,6 +163,9 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "another head size": (these(head_size=8), ("--head_size 8", "16", "--hidden 32")),
     "nothing kept": (these(hidden=0), ("--hidden 0", "positive")),
     "negative rows": (these(rows=-1), ("--rows -1", "positive")),
+    "rows beyond counting": (these(rows=10**30), ("--rows 10", "64 bits")),
+    "no number": (these(mlm_probability="nan"), ("--mlm_probability nan",)),
+    "a layer beyond counting": (these(depth="1," + "9" * 5000), ("--depth", "uniform")),
     "nothing masked": (these(mlm_probability=0), ("--mlm_probability 0",)),
     "layer list": (these(depth="1,2,3"), ("--depth 1,2,3 names 3", "has 2 (--layers)")),
     "layers out of range": (these(depth="1,9"), ("--depth 1,9", "1 to 4")),

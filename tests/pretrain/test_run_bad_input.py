@@ -2,21 +2,22 @@
 
 import json
 import os
+import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.shard_format import TRAIN, read_manifest
 from data_prep.tokenization import train_tokenizer
 from potstill.files import write_json
 from pretrain import run
-from pretrain.models import UNTRAINED
+from pretrain.models import UNTRAINED, WEIGHTS
 from tests.launch import Materials, flags, shard_text, start, write_ds_config, write_teacher
 from tests.launch import materials_fixture as materials_fixture
 
@@ -44,12 +45,9 @@ def refused(
     def call(given: Given) -> str:
         output = Path(given["output"]) if given.get("output") else tmp_path / "run"
         before = sorted(output.rglob("*")) if output.exists() else None
-        monkeypatch.setattr(
-            sys, "argv", ["run.py", *flags(**(defaults(materials, tmp_path) | given))]
-        )
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run.main()
+            run.main(flags(**(defaults(materials, tmp_path) | given)))
         assert stop.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -134,6 +132,70 @@ def truncated_weights(materials: Materials, folder: Path) -> Given:
     return {"teacher": folder / "short"}
 
 
+def changed_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Change:
+    """The teacher with other weights."""
+
+    def make(materials: Materials, folder: Path) -> Given:
+        shutil.copytree(materials.teacher, folder / "changed")
+        path = folder / "changed" / WEIGHTS
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        return {"teacher": folder / "changed"}
+
+    return make
+
+
+def not_a_number(weights: dict[str, torch.Tensor]) -> None:
+    weights[QUERY][3] = torch.nan
+
+
+def narrower(weights: dict[str, torch.Tensor]) -> None:
+    weights[QUERY] = weights[QUERY][:, :8].clone()
+
+
+def lost(weights: dict[str, torch.Tensor]) -> None:
+    del weights[QUERY]
+
+
+def only_a_pickle(materials: Materials, folder: Path) -> Given:
+    """A pickle that leaves a file behind when it is opened."""
+    shutil.copytree(materials.teacher, folder / "changed")
+    (folder / "changed" / WEIGHTS).unlink()
+    with open(folder / "changed" / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Trap(folder / "opened"), file)
+    return {"teacher": folder / "changed"}
+
+
+class Trap:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def index_outside(materials: Materials, folder: Path) -> Given:
+    """Weights in pieces, one of them outside the folder."""
+    shutil.copytree(materials.teacher, folder / "changed")
+    weights = folder / "changed" / WEIGHTS
+    index = {"weight_map": dict.fromkeys(load_file(weights), f"../{WEIGHTS}")}
+    weights.rename(folder / WEIGHTS)
+    write_json(folder / "changed" / f"{WEIGHTS}.index.json", index)
+    return {"teacher": folder / "changed"}
+
+
+def own_code(materials: Materials, folder: Path) -> Given:
+    """A teacher whose config asks for a class of its own."""
+    own = {"AutoConfig": "modeling.Own", "AutoModelForMaskedLM": "modeling.Own"}
+    given = changed_config(auto_map=own)(materials, folder)
+    code = f"import pathlib; pathlib.Path({str(folder / 'opened')!r}).touch()\n"
+    (folder / "changed" / "modeling.py").write_text(code)
+    return given
+
+
 def no_config(materials: Materials, folder: Path) -> Given:
     shutil.copytree(materials.teacher, folder / "bare")
     (folder / "bare" / "config.json").unlink()
@@ -191,7 +253,8 @@ def headless(objective: str) -> Change:
     return lambda materials, _: {"teacher": materials.headless, "objective": objective}
 
 
-OTHER_RUN = '{"identity": {"objective": "mlm", "seed": 0}}'
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+OTHER_RUN = '{"begun_on_ranks": 1, "identity": {"objective": "mlm", "seed": 0}}'
 CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no data": (these(data=None), ("--data is missing", "data_prep/shard.py")),
     "missing data": (these(data="./nowhere"), ("--data", "nowhere", "no such folder")),
@@ -220,6 +283,26 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "architecture": (changed_config(model_type="distilbert"), ("'distilbert'", "supported are")),
     "a decoder": (changed_config(is_decoder=True), ("is_decoder", "encoders")),
     "truncated weights": (truncated_weights, ("weights cannot be read", "fetch them again")),
+    "NaN in the weights": (changed_weights(not_a_number), (QUERY, "NaN")),
+    "weights of another shape": (changed_weights(narrower), ("weights cannot be read",)),
+    "a lost weight": (changed_weights(lost), ("1 weights of the encoder are missing", QUERY)),
+    "only a pickle": (only_a_pickle, ("pytorch_model.bin", "run code", WEIGHTS)),
+    "an index that leaves the folder": (index_outside, ("index.json", "files beside it")),
+    "code of its own": (own_code, ("auto_map", "never run")),
+    "a quantised teacher": (changed_config(quantization_config={"bits": 4}), ("is quantised",)),
+    "a kernel of the hub": (changed_config(attn_implementation="a/b"), ("attn_implementation",)),
+    "no layers": (changed_config(num_hidden_layers=0), ("num_hidden_layers 0", "1 … 1,000")),
+    "a size in quotes": (changed_config(hidden_size="32"), ("changed", "hidden_size")),
+    "a size for no machine": (
+        changed_config(hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=1000),
+        ("GiB of weights", "smaller sizes"),
+    ),
+    "odd heads": (changed_config(num_attention_heads=5), ("num_attention_heads 5", "multiple")),
+    "unknown activation": (changed_config(hidden_act="exec"), ("'exec'", "not known")),
+    "no pad token": (changed_config(pad_token_id=4000), ("pad_token_id 4000",)),
+    "odd untrained parts": (changed_config(**{UNTRAINED: [3]}), (UNTRAINED, "list of parts")),
+    "a student for no machine": (these(student_hidden=2**30), ("GiB of weights",)),
+    "layers for no machine": (these(student_layers=10**6), ("--student_layers 1000000", "1000")),
     "no model config": (no_config, ("--teacher", "config.json")),
     "unknown objective": (these(objective="att-mze"), ("'att-mze'", "nearest: att-mse")),
     "malformed objective": (these(objective="kd+"), ("NAME, WEIGHT*NAME or FROM:TO*NAME",)),
@@ -242,6 +325,23 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "batch sizes": (ds_sections(train_batch_size=9), ("do not multiply out", "train_batch_size 9")),
     "auto": (ds_sections(gradient_clipping="auto"), ("gradient_clipping", "auto")),
     "a scheduler": (ds_sections(scheduler={"type": "WarmupLR"}), ("scheduler", "--warmup")),
+    "unknown ds_config key": (
+        ds_sections(zero_optimisation={"stage": 1}),
+        ("'zero_optimisation'", "nearest: zero_optimization"),
+    ),
+    "enabled in quotes": (ds_sections(bf16={"enabled": "false"}), ("bf16.enabled", "'false'")),
+    "a stage in quotes": (ds_sections(zero_optimization={"stage": "1"}), ("stage", "0, 1, 2")),
+    "unknown optimizer": (ds_sections(optimizer={"type": "Adamm"}), ("'Adamm'", "adamw")),
+    "learning rate in quotes": (
+        ds_sections(optimizer={"type": "AdamW", "params": {"lr": "fast"}}),
+        ("optimizer.params.lr 'fast'",),
+    ),
+    "clipping in quotes": (ds_sections(gradient_clipping="1"), ("gradient_clipping", "a number")),
+    "a batch without end": (
+        ds_sections(gradient_accumulation_steps=10**7),
+        ("global batch of 40,000,000",),
+    ),
+    "a key twice": (ds_text('{"bf16": {}, "bf16": {}}'), ("'bf16' stands there twice",)),
     "unknown ZeRO key": (
         ds_sections(zero_optimization={"stage": 1, "stge": 1}),
         ("bad.json", "stge"),
@@ -256,7 +356,7 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "unreadable run": (output_with("config.json", "{"), ("config.json", "unreadable")),
     "foreign folder": (output_with("thesis.tex", "x"), ("not empty", "another folder")),
-    "output is a file": (output_file, ("not empty", "another folder")),
+    "output is a file": (output_file, ("notes.txt", "give another")),
     "resume from nowhere": (these(resume="./none"), ("--resume", "no whole checkpoint")),
     "missing student": (these(student="./none"), ("--student", "no such folder")),
 }
@@ -274,6 +374,7 @@ def test_bad_input_is_refused_in_one_line(
     message = refused(change(materials, tmp_path))
     for fact in facts:
         assert fact in message
+    assert not (tmp_path / "opened").exists(), "code of the folder was run"
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)

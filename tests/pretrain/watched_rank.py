@@ -15,7 +15,7 @@ from pretrain.signals import Signals
 from pretrain.watch import Patience, Watch
 
 KEPT = "the last whole checkpoint is step-00000500"
-PATIENCE = Patience(silence=4, notice=1, signal=1, leave=3)
+PATIENCE = Patience(silence=6, notice=1, signal=1, leave=3)
 
 
 def train(watch: Watch) -> None:

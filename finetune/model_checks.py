@@ -1,0 +1,125 @@
+"""Whether a folder's files make a model that can be fine-tuned: each check raises an InputError."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.tokenization import vocabulary_size
+from potstill.errors import InputError
+from pretrain.model_folder import check_size
+
+OF_A_LAYER = re.compile(r"\.layers?\.\d+\.")
+LONGEST_PROBE = 8
+
+
+def check_memory(folder: Path, config: Any) -> None:
+    """Refuse a config that is much larger than the weights beside it, before it is built."""
+    try:
+        check_size(folder, config, "--model")
+    except InputError:
+        raise
+    except Exception as error:  # a wrong value raises whatever its first use happens to raise
+        raise unusable(folder, "config.json cannot be used", error) from error
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer with ids that the model does not embed."""
+    words = vocabulary_size(tokenizer)
+    if words > config.vocab_size:
+        raise InputError(
+            f"--model {folder}: the tokenizer has {words} words, the model "
+            f"embeds {config.vocab_size}; copy the tokenizer that it was trained with"
+        )
+
+
+def fresh_parameters(folder: Path, model: Any, missing: set[str]) -> tuple[str, ...]:
+    """The names of `missing`, sorted; refused where weights of the encoder are among them."""
+    encoder, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
+    lost = sorted(name for name in missing if name.startswith(encoder) and pooler not in name)
+    if lost:
+        raise InputError(
+            f"--model {folder}: {len(lost)} encoder weights are missing, "
+            f"{lost[0]} first; save the whole model again"
+        )
+    return tuple(sorted(missing))
+
+
+def check_weights(folder: Path, model: Any, unexpected: set[str]) -> None:
+    """Refuse weights that are not finite, or of layers that the config does not have."""
+    beyond = sorted(name for name in unexpected if OF_A_LAYER.search(name))
+    if beyond:
+        raise InputError(
+            f"--model {folder}: {len(beyond)} weights belong to layers that config.json does not "
+            f"have, {beyond[0]} first; save or copy the model again"
+        )
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise InputError(
+                f"--model {folder}: {name} holds numbers that are not finite; "
+                "save or copy the model again"
+            )
+
+
+def check_positions(model: Any, max_length: int) -> None:
+    """Refuse rows that are longer than the model has positions."""
+    embedding = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if embedding is None:  # relative positions have no limit
+        return
+    # RoBERTa counts its positions from behind the padding index.
+    offset = 0 if embedding.padding_idx is None else embedding.padding_idx + 1
+    positions = embedding.num_embeddings - offset
+    if max_length > positions:
+        raise InputError(
+            f"--max_length {max_length}: the model has {positions} positions; "
+            f"give {positions} or less"
+        )
+
+
+def check_a_row(folder: Path, model: Any, tokenizer: Any, max_length: int) -> None:
+    """Compute one short pair: settings that no reader checks fail here, not after minutes."""
+    needed = tokenizer.num_special_tokens_to_add(pair=True) + 2
+    if max_length < needed:
+        raise InputError(
+            f"--max_length {max_length}: two texts and the special tokens need {needed}; "
+            f"give {needed} or more"
+        )
+    names = tokenizer.model_input_names
+    if names[:1] != ["input_ids"]:  # by whose lengths the Trainer makes its batches
+        raise InputError(
+            f"--model {folder}: model_input_names in tokenizer_config.json is {names}; "
+            "copy the model's tokenizer again"
+        )
+    model.train()  # dropout has settings too
+    try:
+        row = tokenizer(
+            "a", "b", return_tensors="pt", **tokenizing(model, max(LONGEST_PROBE, needed))
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            finite = model(**row).logits.isfinite().all()
+        with tempfile.TemporaryDirectory() as beside:  # nor must saving fail after the training
+            tokenizer.save_pretrained(beside)
+            model.config.save_pretrained(beside)
+        model.eval()  # as it was loaded
+    except Exception as error:  # as in `check_memory`
+        raise unusable(folder, "cannot compute a row and be saved again", error) from error
+    if not finite:
+        raise InputError(
+            f"--model {folder}: its outputs are not finite; save or copy the model again"
+        )
+
+
+def tokenizing(model: Any, max_length: int) -> dict[str, Any]:
+    """How texts become token ids for this model: cut to `max_length`, not padded."""
+    settings: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        settings["return_token_type_ids"] = False  # RoBERTa has no second type to embed
+    return settings
+
+
+def unusable(folder: Path, what: str, error: Exception) -> InputError:
+    """The error for files that a library cannot use."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return InputError(f"--model {folder}: {what} ({reason}); save or copy the model again")

@@ -1,0 +1,241 @@
+"""What a run does when its numbers, its disk or its checkpoints fail."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from data_prep.shard_format import TRAIN, ShardReader
+from potstill.files import read_sealed_json, sha256_of, write_sealed_json
+from potstill.lock import hold
+from pretrain.checkpoint import RECORD, WEIGHTS, verify_checkpoint
+from pretrain.order import Order
+from tests.launch import (
+    PROGRAM,
+    REPOSITORY,
+    SEVERAL,
+    Materials,
+    environment,
+    flags,
+    losses,
+    metrics,
+    start,
+    write_ds_config,
+)
+from tests.launch import materials_fixture as materials_fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+STEPS, LIMIT, SEED = 16, 3, 7
+FAULTS = ("LossOnce", "GradientOnce", "InfiniteLossOnce")
+STAGES = (0, 1, 2, 3)
+
+
+def command_line(materials: Materials, root: Path, name: str, **given: Any) -> list[str]:
+    common: dict[str, Any] = dict(
+        data=materials.ragged,
+        teacher=materials.teacher,
+        student_layers=2,
+        dropout=0.1,
+        max_steps=STEPS,
+        log_every=1,
+        validate_every=1,
+        save_every=4,
+        max_skipped_steps=LIMIT,
+        seed=SEED,
+        lr=2e-3,
+    )
+    return flags(**{**common, "output": root / name, **given})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """Started runs find the faulty objectives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(materials: Materials) -> Path:
+    """Runs of two ranks: `Sound`, `FAULT-STAGE`, `Passing`, `Lasting`, and what they printed."""
+    root = materials.folder / "trouble"
+    root.mkdir()
+
+    def run(name: str, objective: str, stage: int) -> list[str]:
+        config = write_ds_config(root / f"z{stage}.json", zero_optimization={"stage": stage})
+        faulty = f"tests.end_to_end.faulty:{objective}"
+        return command_line(materials, root, name, ds_config=config, objective=faulty)
+
+    several = [run(f"Sound-{stage}", "Sound", stage) for stage in (0, 3)]
+    several += [run(f"{fault}-{stage}", fault, stage) for fault in FAULTS for stage in STAGES]
+    several += [run(f"Passing-{stage}", "Passing", stage) for stage in (0, 3)]
+    several.append(run("Lasting", "Lasting", 1))  # ends the start
+    (root / "runs.json").write_text(json.dumps(several))
+    done = start(materials, 2, [str(root / "runs.json")], SEVERAL)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-5000:]
+    (root / "printed").write_text(done.stdout)
+    (root / "errors").write_text(done.stderr)
+    return root
+
+
+def held_out(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run, "validation")]
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [line for line in metrics(run, "event") if line["event"] == name]
+
+
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_update_that_is_not_finite_is_left_out_and_counted(
+    folder: Path, fault: str, stage: int
+) -> None:
+    """By all ranks, though only one of them met it."""
+    run, sound = folder / f"{fault}-{stage}", folder / "Sound-0"
+    assert [line["skipped_steps"] for line in events(run, "skipped step")] == [1]
+    assert events(run, "skipped step")[0]["step"] == 5
+    assert losses(run)[:4] == pytest.approx(losses(sound)[:4], rel=1e-5)
+    assert math.isfinite(losses(run)[4]) == (fault == "GradientOnce")
+    before, after = held_out(run)[4:6]
+    assert before == after, "the weights stayed as they were"
+    assert held_out(run)[6] != after and len(losses(run)) == STEPS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimiser_is_as_if_the_left_out_step_had_not_been(folder: Path, stage: int) -> None:
+    """Under every stage alike: the same losses follow."""
+    plain = losses(folder / "LossOnce-0")[5:]
+    for fault in FAULTS:
+        assert losses(folder / f"{fault}-{stage}")[5:] == pytest.approx(plain, rel=1e-5), fault
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_after_several_in_a_row_the_run_goes_back_and_on_as_if_nothing_had_been(
+    folder: Path, stage: int
+) -> None:
+    run, sound = folder / f"Passing-{stage}", folder / f"Sound-{stage}"
+    (rollback,) = events(run, "rollback")
+    assert (rollback["step"], rollback["from_step"]) == (8, 12)
+    assert losses(run) == losses(sound) and held_out(run) == held_out(sound)
+    ours, theirs = (load_file(r / "student" / "model.safetensors") for r in (run, sound))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_the_rows_of_the_steps_that_failed_are_written_down(
+    folder: Path, materials: Materials
+) -> None:
+    written = json.loads((folder / "Passing-0" / "skipped-00000010-00000012.json").read_text())
+    reader = ShardReader(materials.ragged, TRAIN)
+    order = Order(reader.rows, SEED)
+    assert list(written) == ["10", "11", "12"]
+    for step, rows in written.items():
+        samples = np.arange(8) + (int(step) - 1) * 8
+        epochs, expected = order(samples)
+        assert [row["row"] for row in rows] == expected.tolist()  # one shard
+        assert [row["epoch"] for row in rows] == epochs.tolist()
+        assert {row["file"] for row in rows} == {"train-00000-of-00001.h5"}
+
+
+def test_a_run_goes_back_once_and_then_stops(folder: Path) -> None:
+    run = folder / "Lasting"
+    assert len(events(run, "rollback")) == 1 and len(events(run, "stopped")) == 1
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert newest.name == "step-00000008", "nothing is saved of a state in doubt"
+    assert verify_checkpoint(newest).progress.skipped_in_a_row == 0
+    assert not (run / "student").exists()
+    errors = [x for x in (folder / "errors").read_text().splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and "nan" in errors[0] and "lower lr" in errors[0]
+
+
+# --- checkpoints and folders
+
+
+def test_a_state_that_is_not_the_runs_own_is_noticed_by_its_loss(
+    folder: Path, materials: Materials
+) -> None:
+    """Whole by its checksums, and other weights: only the probe can tell."""
+    root = folder / "other-weights"
+    shutil.copytree(folder / "Sound-0", root)
+    shutil.rmtree(root / "student")
+    newest = max((root / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)
+    newest = max((root / "checkpoints").glob("step-*"))
+    weights = load_file(newest / WEIGHTS)
+    save_file({name: w * 0.5 if w.ndim > 1 else w for name, w in weights.items()}, newest / WEIGHTS)
+    record = read_sealed_json(newest / RECORD)
+    record["files"][WEIGHTS]["sha256"] = sha256_of(newest / WEIGHTS)
+    record["files"][WEIGHTS]["bytes"] = (newest / WEIGHTS).stat().st_size
+    write_sealed_json(newest / RECORD, record)
+    before = (root / "metrics.jsonl").read_bytes()
+    done = start(materials, None, again(materials, folder, root.name))
+    assert done.returncode == 1 and "probe" in done.stderr and "Traceback" not in done.stderr
+    assert (newest / WEIGHTS).exists() and len(before) > 0
+
+
+def again(materials: Materials, folder: Path, name: str, **given: Any) -> list[str]:
+    """The command line of `Sound-0`, in another folder."""
+    config, objective = folder / "z0.json", "tests.end_to_end.faulty:Sound"
+    return command_line(
+        materials, folder, name, **{"ds_config": config, "objective": objective, **given}
+    )
+
+
+def test_a_second_run_on_the_same_folder_is_refused(folder: Path, materials: Materials) -> None:
+    root = folder / "held"
+    shutil.copytree(folder / "Sound-0", root)
+    shutil.rmtree(root / "student")
+    before = (root / "metrics.jsonl").read_bytes()
+    with hold(root / ".lock", "held by the test"):
+        done = start(materials, None, again(materials, folder, root.name))
+    assert done.returncode == 2 and "another run trains into this folder" in done.stderr
+    assert (root / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(
+    folder: Path, materials: Materials
+) -> None:
+    place, saved = folder / "small", folder / "small-saved"
+    place.mkdir()
+    config = write_ds_config(folder / "one.json", 8)
+    line = again(
+        materials, folder, "small/run", ds_config=config, objective="att-mse", keep_checkpoints=9
+    )
+    inside = (
+        'mount -t tmpfs -o size=1500k none "$1"; cd "$1"; saved="$2"; shift 2; '
+        '"$@"; status=$?; cp -a run "$saved"; exit $status'
+    )
+    tool = ["unshare", "-rm", "sh", "-c", inside, "sh", str(place), str(saved)]
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)]).returncode:
+        pytest.skip("this machine gives no user a file system of its own")
+    done = subprocess.run(
+        [*tool, sys.executable, str(PROGRAM), *line],
+        env=environment(materials.folder),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and "No space left on device" in errors[0]
+    assert "Traceback" not in done.stderr
+    checkpoints = sorted((saved / "checkpoints").glob("step-*"))
+    assert checkpoints and all(verify_checkpoint(path) for path in checkpoints)
+    shutil.copytree(saved, folder / "enough" / "run")
+    line = again(
+        materials, folder, "enough/run", ds_config=config, objective="att-mse", keep_checkpoints=9
+    )
+    done = start(materials, None, line)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(folder / "enough" / "run")) == STEPS
