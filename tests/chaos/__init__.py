@@ -1,1 +1,1 @@
-"""Kills, preemptions, damaged files and bad input, drawn from a seed; one table of what came of it."""
+"""Kills, preemptions, damaged files and bad input, drawn from a seed: one table of it all."""
