@@ -66,7 +66,7 @@ def _place() -> str:
 def _own_sign() -> Sign:
     process = look(os.getpid())
     assert process is not None
-    rank, host = int(os.environ["RANK"]), socket.gethostname()
+    rank, host = dist.get_rank(), socket.gethostname()
     return Sign(rank, os.getpid(), host, _place(), process.started)
 
 
@@ -94,7 +94,7 @@ class Heartbeats:
         self.speaks = False
         self._silence, self._number = silence, next(_numbers)
         self._own = _own_sign()
-        self._others = [r for r in range(int(os.environ["WORLD_SIZE"])) if r != self._own.rank]
+        self._others = [r for r in range(dist.get_world_size()) if r != self._own.rank]
         self._signs = {self._own.rank: self._own}
         self._silent = dict.fromkeys(self._others, 0)  # rounds, of which a stopped process has none
         self._unanswered = 0.0

@@ -189,6 +189,9 @@ def _prepare_trainer(module: Any, folder: Path) -> None:
     import torch
     from torch import distributed as dist
 
+    from pretrain.environment import single_rank_defaults
+
+    single_rank_defaults()
     store = dist.FileStore(str(folder / "ranks"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     module.start_ranks = lambda: torch.device("cpu")

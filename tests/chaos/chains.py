@@ -5,8 +5,6 @@ trainer gets to the moment that it aims at is the machine's affair.
 """
 
 import shlex
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from potstill.console import progress
+from tests.chaos.blows import Blow, await_moment, half_written
 from tests.chaos.common import Outcome
 from tests.chaos.runs import (
     STEPS,
-    VALIDATE_EVERY,
     Seen,
     Setup,
     arguments,
-    last_step,
     materials_beside,
     shares,
     start,
@@ -33,38 +30,7 @@ from tests.launch import START_LIMIT
 
 LENGTH = 10  # blows of a chain
 AT_ONCE = 2
-PATIENCE = 20  # steps that a blow waits for what it aims at
 TRIES = 3  # of a blow whose run ended before it fell
-LOOK_SECONDS = 0.002
-PARTS = ("checkpoints/.step-*.part", ".student.*.part", "markers/.*.part")
-
-
-@dataclass(frozen=True)
-class Blow:
-    """A signal to come.
-
-    Attributes:
-        case: its number. number: the signal. target, rank: to whom, as `Started.find` says.
-        aim: the moment: `start`, `step`, `checkpoint`, `export` (one is being written), `behind`
-            (a checkpoint has just appeared) or `validation`.
-        steps: how many to let pass first. delay: seconds behind the moment.
-        share: of the seconds until the first step, where the start is aimed at.
-    """
-
-    case: int
-    number: signal.Signals
-    target: str
-    rank: int
-    aim: str
-    steps: int
-    delay: float
-    share: float
-
-    def __str__(self) -> str:
-        who = f"rank {self.rank}" if self.target == "rank" else self.target
-        when = f"{self.share:.2f} of the start" if self.aim == "start" else self.aim
-        wait = "" if self.aim == "start" else f", {self.steps} steps on, {self.delay:.3f} s behind"
-        return f"{self.number.name} to {who} at {when}{wait}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +39,8 @@ class Struck:
 
     Attributes:
         hit: who got it. before, at, after: the folder at the start, at the blow, and in the end.
-        parts: half-written folders that it left. seconds: until all had ended, None: they had not.
-        statuses: of what we started.
+        parts: half-written folders that it left. memory: pieces of shared memory that it left.
+        seconds: until all had ended, None: they had not. statuses: of what we started.
     """
 
     blow: Blow
@@ -83,6 +49,7 @@ class Struck:
     at: Seen
     after: Seen
     parts: int
+    memory: int
     seconds: float | None
     statuses: list[int | None]
 
@@ -193,16 +160,17 @@ class Chain:
 
     def _strike(self, started: Started, run: Path, blow: Blow, before: Seen) -> Struck | None:
         """Wait for the blow's moment, let it fall and wait for the end; None: it ended before."""
-        old = _parts(run)
-        if not _moment(started, run, blow, unbroken(self.setup, self.folder).first_step_seconds):
+        old, usual = half_written(run), unbroken(self.setup, self.folder)
+        if not await_moment(started, run, blow, usual.first_step_seconds):
             return None
         at = Seen.of(run)
         hit = started.send(blow.number, blow.target, blow.rank)
         seconds = started.wait_ended(self.part.limit)
         statuses = started.statuses()
         started.end()
-        new = len(_parts(run) - old)
-        return Struck(blow, hit, before, at, Seen.of(run), new, seconds, statuses)
+        new = len(half_written(run) - old)
+        memory = started.remove_memory()
+        return Struck(blow, hit, before, at, Seen.of(run), new, memory, seconds, statuses)
 
     def _check_end(self, started: Started, run: Path, before: Seen, cases: list[int]) -> None:
         """A run that nobody struck any more: status 0, and bitwise the unbroken run."""
@@ -229,55 +197,6 @@ class Chain:
         return f"{line} | {how}: {shlex.join(words)} | {started.log}: {started.tail()}"
 
 
-def _moment(started: Started, run: Path, blow: Blow, start_seconds: float) -> bool:
-    """Wait for the moment that a blow aims at; False: the run ended before.
-
-    Raises:
-        TimeoutError: it neither ended nor got there.
-    """
-    begin, old = time.monotonic(), _parts(run)
-    first, target, known = last_step(run), 0, set[str]()
-    while not started.ended():
-        waited = time.monotonic() - begin
-        if waited > START_LIMIT:
-            raise TimeoutError(f"no step in {START_LIMIT} s: {started.tail()}")
-        if blow.aim == "start":
-            if waited >= blow.share * start_seconds:
-                return True
-        elif (step := last_step(run)) >= (target := target or min(first + blow.steps, STEPS)):
-            known = known or _checkpoints(run)
-            if _is_now(blow.aim, run, step, old, known) or step >= target + PATIENCE:
-                time.sleep(blow.delay)
-                return not started.ended()
-        time.sleep(LOOK_SECONDS)
-    return False
-
-
-def _is_now(aim: str, run: Path, step: int, old: set[tuple[str, int]], known: set[str]) -> bool:
-    if aim == "checkpoint":
-        return any(name.startswith(".step-") for name, _ in _parts(run) - old)
-    if aim == "export":
-        return any(not name.startswith(".step-") for name, _ in _parts(run) - old)
-    if aim == "behind":
-        return bool(_checkpoints(run) - known)
-    return aim == "step" or step % VALIDATE_EVERY == 0
-
-
-def _checkpoints(run: Path) -> set[str]:
-    return {path.name for path in run.glob("checkpoints/step-*")}
-
-
-def _parts(run: Path) -> set[tuple[str, int]]:
-    """Half-written folders, each with its inode: a name may come again."""
-    found = set()
-    for path in (path for pattern in PARTS for path in run.glob(pattern)):
-        try:
-            found.add((path.name, path.stat().st_ino))
-        except FileNotFoundError:
-            continue  # it is whole now
-    return found
-
-
 def resumed_wrong(before: Seen, after: Seen) -> list[str]:
     """A start goes on from the newest whole checkpoint, and says so; or it never got there."""
     kept, new = after.resumes[: len(before.resumes)], after.resumes[len(before.resumes) :]
@@ -300,6 +219,7 @@ def _outcome(part: Part, count: int, tally: Tally) -> Outcome:
         "setups": shares([setup.name for setup in part.setups]),
         "runs": tally.runs,
         "left half-written": sum(one.parts > 0 for one in struck),
+        "left shared memory": sum(one.memory > 0 for one in struck),
         "went on to the end all the same": sum(
             one.at.step < STEPS == one.after.step for one in struck
         ),

@@ -17,6 +17,7 @@ from tests.launch import command
 
 LAUNCH = "deepspeed.launcher.launch"  # launch.py, which `deepspeed` starts and which starts ranks
 LOOK_SECONDS = 0.05
+SHARED_MEMORY = Path("/dev/shm")
 _running: set[int] = set()  # groups that nobody has ended yet
 
 
@@ -27,12 +28,13 @@ class Started:
     Attributes:
         processes: those that we started: the launcher alone, or every rank.
         group: their process group. launcher: whether `deepspeed` started the ranks.
-        log: everything they print.
+        port: at which the ranks meet. log: everything they print.
     """
 
     processes: list[subprocess.Popen[bytes]]
     group: int
     launcher: bool
+    port: str
     log: Path
 
     def ended(self) -> bool:
@@ -103,6 +105,16 @@ class Started:
             time.sleep(LOOK_SECONDS)
         _running.discard(self.group)
 
+    def remove_memory(self) -> int:
+        """Remove the shared memory that DeepSpeed's ranks left behind; how many pieces it was.
+
+        A rank takes the name off its piece as soon as all have met; one killed before cannot.
+        """
+        pieces = list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"))
+        for piece in pieces:
+            piece.unlink()
+        return len(pieces)
+
     def tail(self, characters: int = 600) -> str:
         """The end of what was printed, in one line."""
         return " ".join(self.log.read_text(errors="replace").split())[-characters:]
@@ -140,11 +152,12 @@ def start_run(
     arguments: list[str], ranks: int, launcher: bool, environment: Mapping[str, str], log: Path
 ) -> Started:
     """Start the trainer on so many ranks, by DeepSpeed's launcher or each rank by itself."""
-    if launcher:
-        environments = [dict(environment)]
-    else:
-        environments = [{**environment, **own} for own in rank_environments(ranks)]
     words = [*command(ranks if launcher else None), *arguments]
+    if launcher:
+        environments, port = [dict(environment)], words[words.index("--master_port") + 1]
+    else:
+        port = _free_port()
+        environments = [{**environment, **own} for own in rank_environments(ranks, port)]
     processes: list[subprocess.Popen[bytes]] = []
     with open(log, "wb") as printed:
         for own in environments:
@@ -159,15 +172,19 @@ def start_run(
             )
             processes.append(process)
             _running.add(processes[0].pid)
-    return Started(processes, processes[0].pid, launcher, log)
+    return Started(processes, processes[0].pid, launcher, port, log)
 
 
-def rank_environments(ranks: int) -> list[dict[str, str]]:
-    """What a cluster's own starter sets for each rank; nothing for a lone one."""
+def rank_environments(ranks: int, port: str) -> list[dict[str, str]]:
+    """What a cluster's own starter sets for each rank; a lone one is told no more than a port."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if ranks == 1:
-        return [{}]
+        return [meeting]
+    common = {"WORLD_SIZE": str(ranks), **meeting}
+    return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
+
+
+def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
+        return str(probe.getsockname()[1])

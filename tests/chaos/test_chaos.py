@@ -87,7 +87,7 @@ def test_a_start_from_elsewhere_than_the_newest_checkpoint_is_told(
 def _struck(after: Seen, seconds: float | None, status: int) -> Struck:
     blow = replace(preemptions.draw(0, 0, BARE), number=SIGINT)
     before = Seen(5, 5, ())
-    return Struck(blow, "rank", before, before, after, 0, seconds, [status, status])
+    return Struck(blow, "rank", before, before, after, 0, 0, seconds, [status, status])
 
 
 def test_a_preemption_without_its_checkpoint_or_status_is_told() -> None:

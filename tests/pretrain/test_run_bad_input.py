@@ -20,6 +20,7 @@ from pretrain import run
 from pretrain.models import UNTRAINED, WEIGHTS
 from tests.launch import Materials, flags, shard_text, start, write_ds_config, write_teacher
 from tests.launch import materials_fixture as materials_fixture
+from tests.pretrain.checkpoints import write_checkpoint
 
 Given = dict[str, Any]
 Change = Callable[[Materials, Path], Given]
@@ -389,9 +390,7 @@ def test_sections_that_deepspeed_dropped_are_refused(
 def test_a_checkpoint_is_not_overwritten_under_resume_never(
     tmp_path: Path, refused: Callable[[Given], str]
 ) -> None:
-    mark = tmp_path / "run" / "checkpoints" / "step-00000002" / "complete.json"
-    mark.parent.mkdir(parents=True)
-    mark.write_text("{}")
+    write_checkpoint(tmp_path / "run" / "checkpoints", 2)
     assert "holds" in refused({"resume": "never"})
 
 

@@ -13,23 +13,22 @@ from potstill.errors import InputError, TrainingError
 from potstill.files import write_json
 from pretrain import run
 from pretrain.attention import cpu_attention
-from pretrain.checkpoint import MARK
 from pretrain.config import Config, parse_config
 from pretrain.objectives import LayerPair, Settings, build_objective
 from pretrain.plan import make_plan
+from pretrain.run_folder import find_checkpoints, later_checkpoints
 from pretrain.step import Distillation, freeze_encoder, freeze_unreached, untrained_parts
 from pretrain.students import (
     Member,
     Stop,
     check_all_done,
-    find_checkpoints,
-    later_checkpoints,
     read_members,
     where_stopped,
 )
 from pretrain.summary import alone_flops
 from tests.launch import Materials, flags, write_ds_config
 from tests.launch import materials_fixture as materials_fixture
+from tests.pretrain.checkpoints import write_checkpoint
 from tests.pretrain.tiny import FAMILIES, ragged_batch, tiny_encoder
 
 COMMON = {"data": "shards", "ds_config": "cpu.json", "max_steps": 10, "output": "out", "lr": 2e-3}
@@ -168,7 +167,9 @@ def test_the_program_refuses_a_bad_student_in_one_line(
 def test_other_students_in_the_folder_are_refused(
     materials: Materials, one_rank: None, tmp_path: Path
 ) -> None:
-    write_json(tmp_path / "out" / "config.json", {"identity": {"students": ["a"]}})
+    write_json(
+        tmp_path / "out" / "config.json", {"identity": {"students": ["a"]}, "begun_on_ranks": 1}
+    )
     arguments = in_this_run(materials, tmp_path, {"b": {"objective": "mlm"}})
     with pytest.raises(InputError, match=r"another run: students differ .*\['a'\], is \['b'\]"):
         make_plan(parse_config(arguments), torch.device("cpu"))
@@ -194,9 +195,7 @@ def members_with(folder: Path, saved: dict[str, list[int]]) -> list[Member]:
     members = read_members(config)
     for member in members:
         for step in saved[member.name]:
-            mark = member.folder / "checkpoints" / f"step-{step:08d}" / MARK
-            mark.parent.mkdir(parents=True)
-            mark.write_text("{}")
+            write_checkpoint(member.folder / "checkpoints", step)
     return list(members)
 
 
@@ -236,9 +235,9 @@ def test_a_stopped_student_is_known_by_its_metrics(tmp_path: Path) -> None:
 
 def test_stopped_students_are_named_at_the_end() -> None:
     check_all_done({})
-    with pytest.raises(TrainingError, match=r"stopped b \(step 3: nan\).*others? .*done"):
+    with pytest.raises(TrainingError, match=r"stopped b \(step 3, loss nan: .*others? .*done"):
         check_all_done({"b": Stop(3, math.nan)})
-    with pytest.raises(TrainingError, match="the loss of step 3 is inf; nothing of it is saved"):
+    with pytest.raises(TrainingError, match="stopped at step 3, loss inf: .*stays"):
         check_all_done({"": Stop(3, math.inf)})
 
 
