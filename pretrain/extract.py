@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from data_prep.shard_format import TRAIN, VALIDATION, ShardReader
 from potstill.console import is_main_rank, program, progress, say
+from potstill.signals import Signalled, Stopped, raised_signals
 from pretrain.attention import choose_attention
 from pretrain.batches import Slices, validation_batches
 from pretrain.engine import start_ranks
@@ -31,13 +32,18 @@ from pretrain.summary import describe_shape
 @program
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; see the module's docstring."""
-    config = parse_config(arguments)
-    device = start_ranks()
-    if is_finished(config):
-        say(f"finished already: {config.output}")
-    else:
-        run(make_extraction(config), device)
-    dist.destroy_process_group()
+    try:
+        with raised_signals():
+            config = parse_config(arguments)
+            device = start_ranks()
+            if is_finished(config):
+                say(f"finished already: {config.output}")
+            else:
+                run(make_extraction(config), device)
+            dist.destroy_process_group()
+    except Signalled as signalled:
+        kept = "a student appears whole or not at all: run the same command again"
+        raise Stopped(signalled.number, kept) from None
 
 
 def run(job: Extraction, device: torch.device) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
+from pretrain.model_folder import MOST_LAYERS, check_own_parts
 from pretrain.options import check
 
-MOST_LAYERS = 1000
 _SIZES = {  # and how large we take them, so that a wrong digit does not fill the memory
     "num_hidden_layers": MOST_LAYERS,
     "hidden_size": 2**16,
@@ -20,12 +20,6 @@ _SIZES = {  # and how large we take them, so that a wrong digit does not fill th
     "embedding_size": 2**16,
 }
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-_FOREIGN = {
-    "auto_map": "brings code of its own, which is never run",
-    "quantization_config": "is quantised; give the model itself",
-    "transformers_weights": "names another file for its weights; leave that out",
-}
-_ATTENTION = (None, "eager", "sdpa")
 
 
 def check_model_config(config: Any, blamed: str) -> None:
@@ -38,13 +32,9 @@ def check_model_config(config: Any, blamed: str) -> None:
         InputError: code or files of its own, a decoder, other positions than absolute ones, or
             values that no encoder can have.
     """
-    for name, remedy in _FOREIGN.items():
-        check(not getattr(config, name, None), f"{blamed}: its config has {name}: it {remedy}")
-    attention = config._attn_implementation  # the library would fetch a kernel of that name
-    check(
-        attention in _ATTENTION,
-        f"{blamed}: attn_implementation {attention!r} is not supported; leave it out of the config",
-    )
+    # Of a name on the hub nothing has been looked at before; `vars` lacks a property.
+    own = {**vars(config), "attn_implementation": config._attn_implementation}
+    check_own_parts(own, blamed)
     positions = getattr(config, "position_embedding_type", "absolute")
     check(
         positions == "absolute",

@@ -1,6 +1,6 @@
 """What a model's folder must be before a library opens it: no pickle, no code, no absurd size."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +8,20 @@ import torch
 from transformers import AutoModel
 
 from potstill.errors import InputError
+from pretrain.options import check, read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# The library makes what the config says before it looks at the weights: without a limit these two
-# would take for ever, and wide layers all memory (`check_size`).
-FOREIGN = {
+_OWN = {
     "auto_map": "it names Python code of its own, which never runs here",
     "transformers_weights": "it names another file for the weights",
-    "quantization_config": "its weights are quantised; give the model itself",
+    "quantization_config": "it is quantised; give the model itself",
 }
-ATTENTION = ("attn_implementation", "_attn_implementation")  # could name code on the hub
-LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
+_ATTENTION = ("attn_implementation", "_attn_implementation")  # could name code on the hub
+MOST_LAYERS = 1000
+# The library makes what the config says before it looks at the weights: without a limit these two
+# would take for ever, and wide layers all memory (`check_size`).
+_LARGEST = {"num_hidden_layers": MOST_LAYERS, "num_labels": 100_000}
 
 
 def check_model_folder(folder: Path, flag: str) -> None:
@@ -29,26 +31,37 @@ def check_model_folder(folder: Path, flag: str) -> None:
         InputError: no config.json or no JSON object in it, sizes beyond all models, own code,
             weights only as a pickle or none, or an index that leaves the folder.
     """
-    config = _json_object(folder / "config.json", f"{flag} {folder}", "the folder of a model")
-    for name, reason in FOREIGN.items():
-        if config.get(name):
-            raise InputError(
-                f"{flag} {folder}: config.json has {name} {_short(config[name])}: {reason}; "
-                "give a plain model of an architecture that the transformers library has"
-            )
-    for name in ATTENTION:
-        if config.get(name) not in (None, "eager", "sdpa"):
-            raise InputError(
-                f"{flag} {folder}: config.json has {name} {_short(config[name])}; leave it out"
-            )
-    for name, largest in LARGEST.items():
+    path = folder / "config.json"
+    check(path.is_file(), f"{flag} {folder}: no config.json; give the folder of a model")
+    config = read_object(path, flag)
+    check_own_parts(config, f"{flag} {folder}")
+    for name, largest in _LARGEST.items():
         value = config.get(name)
-        if isinstance(value, int | float) and value > largest:
-            raise InputError(
-                f"{flag} {folder}: config.json has {name} {_short(value)}, more than {largest}; "
-                "copy the model again"
-            )
+        check(
+            not isinstance(value, int | float) or value <= largest,
+            f"{flag} {folder}: config.json has {name} {_short(value)}, more than {largest}; "
+            "copy the model again",
+        )
     _check_weights(folder, flag)
+
+
+def check_own_parts(config: Mapping[str, Any], blamed: str) -> None:
+    """Refuse a config that names code, or files, of its own.
+
+    Raises:
+        InputError: it does.
+    """
+    for name, reason in _OWN.items():
+        check(
+            not config.get(name),
+            f"{blamed}: config.json has {name} {_short(config.get(name))}: {reason}; "
+            "give a plain model of an architecture that the transformers library has",
+        )
+    for name in _ATTENTION:
+        check(
+            config.get(name) in (None, "eager", "sdpa"),
+            f"{blamed}: config.json has {name} {_short(config.get(name))}; leave it out",
+        )
 
 
 def check_size(folder: Path, config: Any, flag: str) -> None:
@@ -86,29 +99,14 @@ def _check_weights(folder: Path, flag: str) -> None:
 
 def _check_index(folder: Path, flag: str) -> None:
     """Its files must be plain names: the library would follow a path out of the folder."""
-    index = _json_object(folder / INDEX, f"{flag} {folder}", "the whole model")
-    files = index.get("weight_map")
+    files = read_object(folder / INDEX, flag).get("weight_map")
     names = list(files.values()) if isinstance(files, dict) else [files]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(
-                f"{flag} {folder}: weight_map in {INDEX} has {_short(name)} where the name of a "
-                "file in the folder belongs; copy the model again"
-            )
-
-
-def _json_object(path: Path, where: str, remedy: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{where}: no {path.name}; give {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: {path.name} cannot be read ({_short(error)}); give {remedy}"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: {path.name} is no JSON object; give {remedy}")
-    return value
+        check(
+            isinstance(name, str) and Path(name).name == name,
+            f"{flag} {folder}: weight_map in {INDEX} has {_short(name)} where the name of a "
+            "file in the folder belongs; copy the model again",
+        )
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from potstill.errors import InputError
 from pretrain.model_config import check_model_config
-from pretrain.options import check, read_object
+from pretrain.model_folder import check_model_folder
+from pretrain.options import check
 
 HEADS = {
     "bert": ("cls",),
@@ -25,8 +26,6 @@ HEADS = {
 
 UNTRAINED = "potstill_untrained"
 """Key of an exported config.json: the parts that no objective ever trained."""
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ def load_config(source: str, flag: str, revision: str | None = None) -> Any:
     Raises:
         InputError: nothing there, unreadable, or an architecture that we cannot walk.
     """
-    _check_folder(source, flag)
+    if Path(source).is_dir():
+        check_model_folder(Path(source), flag)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever its values lead to
@@ -142,34 +142,6 @@ def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder
     _check_finite(model, f"{flag} {source}")
     trained = not missing and not has_untrained_head(config)
     return Encoder(model, shape_of(config), trained, source)
-
-
-def _check_folder(source: str, flag: str) -> None:
-    """Refuse a folder whose config is no JSON object, or whose weights are not its safetensors.
-
-    Raises:
-        InputError: such a folder; a name on the hub passes.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{flag} {source}: it has no config.json; give a Hugging Face folder")
-    read_object(folder / "config.json", flag)
-    pickle, index = folder / "pytorch_model.bin", folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).exists():
-        return
-    if index.exists():
-        files = read_object(index, flag).get("weight_map")
-        own = isinstance(files, dict) and all(
-            isinstance(name, str) and Path(name).name == name for name in files.values()
-        )
-        check(own, f"{flag} {index}: weight_map must name files beside it; fetch the model again")
-    elif pickle.exists():
-        raise InputError(
-            f"{flag} {source}: its weights are a pickle ({pickle.name}), which can run code when "
-            f"it is opened; convert it to {WEIGHTS} where you trust it: save_pretrained does"
-        )
 
 
 def _check_finite(model: nn.Module, blamed: str) -> None:

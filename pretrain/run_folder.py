@@ -40,11 +40,12 @@ def keep_global_batch(
         InputError: so many ranks cannot share the run's batch.
     """
     output, path = Path(str(config.run.output)), Path(str(config.run.ds_config))
-    begun_on = None if config.run.dry_run else _begun_on(output / RECORD)
-    if begun_on is None:
+    begun = None if config.run.dry_run else _begun(output / RECORD)
+    if begun is None:
         return sizes, world_size
+    begun_on, recorded = begun
     whole = batch_sizes(ds_config, begun_on, path).global_batch
-    if whole == sizes.global_batch:
+    if sizes.global_batch in (recorded, whole):  # recorded: its ds_config was cut anew by hand
         return sizes, begun_on
     share, rest = divmod(whole, world_size)
     if rest or not share:
@@ -60,10 +61,11 @@ def keep_global_batch(
     return BatchSizes(whole, micro, share // micro), begun_on
 
 
-def _begun_on(record: Path) -> int | None:
-    """The number of ranks that the folder's run was begun on; None for a fresh one."""
+def _begun(record: Path) -> tuple[int, int | None] | None:
+    """The ranks that the folder's run was begun on, and its batch; None for a fresh one."""
     try:
-        ranks = json.loads(record.read_text())["begun_on_ranks"]
+        value = json.loads(record.read_text())
+        ranks, batch = value["begun_on_ranks"], dict(value["identity"]).get("global_batch")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except KeyError as error:
@@ -72,7 +74,7 @@ def _begun_on(record: Path) -> int | None:
         raise InputError(f"{record} is unreadable ({error!r}); give another --output") from error
     if type(ranks) is not int or ranks < 1:
         raise InputError(f"{record}: begun_on_ranks is {ranks!r}; give another --output")
-    return ranks
+    return ranks, batch
 
 
 def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) -> dict[str, Any]:

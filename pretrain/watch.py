@@ -123,7 +123,8 @@ class Watch:
             if self._signals.is_overdue(self._patience.signal):
                 self._end_deaf()
             self._heartbeats.tick(POLL_SECONDS)
-        if self._heartbeats.lost is not None:
+        # A main thread that is through needs no end, unless it is through for want of another rank.
+        if self._heartbeats.lost and (self._explained.is_set() or not self._stopped.is_set()):
             self._end_bereft()
 
     def _end_deaf(self) -> None:

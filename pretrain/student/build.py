@@ -9,7 +9,8 @@ from transformers import AutoModelForMaskedLM, BertConfig
 from data_prep.shard_format import Manifest
 from potstill.errors import InputError
 from pretrain.config import StudentConfig
-from pretrain.model_config import MOST_LAYERS, check_memory
+from pretrain.model_config import check_memory
+from pretrain.model_folder import MOST_LAYERS
 from pretrain.models import HEADS, Encoder, check_local, load_encoder, shape_of
 from pretrain.student.depth import layers_to_copy
 

@@ -76,10 +76,11 @@ def make_extraction(config: ExtractConfig) -> Extraction:
 
 
 def _check_data(config: ExtractConfig, tokenizer: Any) -> Manifest:
-    """Shards of the teacher's tokenizer; the files that will be read are whole."""
+    """Shards of the teacher's tokenizer, which is whole, as are the files that will be read."""
     folder = Path(str(config.data))
     manifest = read_manifest(folder)
     check_tokenizer(tokenizer, str(config.teacher), folder, manifest)
+    verify_files(folder, manifest, manifest.tokenizer_files)
     wanted = {VALIDATION: config.validation_rows}
     if config.method == IMPORTANCE:
         ShardReader(folder, TRAIN)  # refuses a split without rows

@@ -1,6 +1,6 @@
 """Malformed input for every program: one line that says so, nothing overwritten, no traceback.
 
-python -m tests.chaos.bad_input PROGRAM SEED FIRST LAST FOLDER     does these cases again
+python -m tests.chaos.bad_input SEED FOLDER PROGRAM:NUMBER ...     does these cases again
 """
 
 import contextlib
@@ -13,18 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from potstill.console import progress
 from potstill.files import sha256_of
+from potstill.signals import STOPPING
 from tests.chaos.common import Case, Outcome
 from tests.launch import REPOSITORY, START_LIMIT, environment
 
@@ -34,19 +37,45 @@ PROGRAMS = {  # cases, and the module that is the program
     "pretrain/extract.py": ("tests.chaos.extract_cases", "pretrain.extract"),
     "finetune/run.py": ("tests.chaos.finetune_cases", "finetune.run"),
 }
+SHARES = dict(zip(PROGRAMS, (40, 25, 15, 20), strict=True))  # of a hundred cases
+"""A start of shard.py takes a second or two, of the others about ten, most of it imports."""
+
+ALONE = "finetune/run.py"  # its Trainer would take the ranks of the others' for its own
 WORKERS = 2
-CASES_PER_WORKER = 250  # then a new process: DeepSpeed and the library keep memory
+CASES_PER_WORKER = 500  # then a new process: DeepSpeed and the library keep memory
 CASE_SECONDS, SILENT_SECONDS, PROCESS_SECONDS = 30, 90, 120
+ENOUGH_FILES = 5  # that a case may open and keep: libraries open some at their first use
 _MESSAGE = re.compile(r"(\S+: )?error: .+")
+
+
+class Name(NamedTuple):
+    """What a case is made from, with the seed."""
+
+    program: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.program}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A case that was done: how long it took, and what was wrong, as one line, if anything was."""
+
+    program: str
+    number: int
+    seconds: float
+    failure: str | None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended: its exit status (None: it did not), and what it printed."""
+    """How a program ended: its exit status (None: it did not), what it printed, and left."""
 
     status: int | None
     output: str
     errors: str
+    left: str | None = None
 
 
 class Hang(BaseException):
@@ -60,98 +89,108 @@ class Planned(Exception):
 def run(seed: int, count: int, folder: Path) -> Outcome:
     """Give programs malformed input in this many cases, `main(argv)` in a few processes."""
     begin = time.monotonic()
-    tasks = list(_tasks(count))
-    failures: list[str] = []
+    tasks = _tasks(count)
+    done: list[Done] = []
     with ThreadPoolExecutor(WORKERS) as pool:
-        done = pool.map(
-            lambda task: _in_a_worker(
-                task[1], seed, task[2], task[3], folder / f"worker-{task[0]}"
-            ),
-            tasks,
-        )
-        for found in progress(done, total=len(tasks), desc="bad input", unit="worker"):
-            failures += found
-    return _outcome("bad_input", count, failures, begin)
+        places = [folder / f"worker-{number}" for number in range(len(tasks))]
+        parts = pool.map(lambda task, place: _in_workers(seed, task, place), tasks, places)
+        for part in progress(parts, total=len(tasks), desc="bad input", unit="worker"):
+            done += part
+    return _outcome("bad_input", done, begin)
 
 
 def run_processes(seed: int, count: int, folder: Path) -> Outcome:
     """The same cases as a user meets them: a process each, two at a time."""
     begin = time.monotonic()
-    failures: list[str] = []
-    cases = [(program, number) for program, share in _shares(count) for number in range(share)]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for program in PROGRAMS:  # what all cases share is made here, before the threads
+            beside = Name(program, -1)
+            _build(beside, seed, _place(beside, folder))
 
-    def attempt(one: tuple[str, int]) -> str | None:
-        program, number = one
-        return judge(program, seed, number, folder, lambda argv: _process(program, argv, folder))
+    def attempt(name: Name) -> Done:
+        return judge(name, seed, folder, lambda argv: _process(name.program, argv, folder))
 
-    for program, _ in _shares(count):  # what all cases share is made here, before the threads
-        _build(program, seed, 0, folder / f"first-{Path(program).parent.name}")
     with ThreadPoolExecutor(WORKERS) as pool:
-        done = pool.map(attempt, cases)
-        for found in progress(done, total=len(cases), desc="bad input", unit="process"):
-            failures += [found] if found else []
-    return _outcome("bad_input_processes", count, failures, begin)
+        cases = pool.map(attempt, names(count))
+        done = list(progress(cases, total=count, desc="bad input", unit="process"))
+    return _outcome("bad_input_processes", done, begin)
 
 
-def _outcome(part: str, count: int, failures: list[str], begin: float) -> Outcome:
-    details: dict[str, int | float | str] = dict(_shares(count))
+def _outcome(part: str, done: Sequence[Done], begin: float) -> Outcome:
+    details: dict[str, int | float | str] = {}
+    for program in PROGRAMS:
+        seconds = [one.seconds for one in done if one.program == program]
+        each = sum(seconds) / max(1, len(seconds))
+        details[program] = f"{len(seconds):,} ({each:.3g} s each)"
     details["seconds"] = round(time.monotonic() - begin)
-    return Outcome(part, count, count - len(failures), failures, details)
+    failures = [one.failure for one in done if one.failure]
+    return Outcome(part, len(done), len(done) - len(failures), failures, details)
 
 
-def _shares(count: int) -> list[tuple[str, int]]:
-    """How many cases each program gets."""
-    return [
-        (program, len(range(place, count, len(PROGRAMS)))) for place, program in enumerate(PROGRAMS)
-    ]
+def names(count: int) -> list[Name]:
+    """So many cases, of the programs by their shares; more only adds some at the end."""
+    numbers = dict.fromkeys(PROGRAMS, 0)
+    found = []
+    for _ in range(count):
+        program = min(PROGRAMS, key=lambda name: numbers[name] / SHARES[name])
+        found.append(Name(program, numbers[program]))
+        numbers[program] += 1
+    return found
 
 
-def _tasks(count: int) -> Iterator[tuple[int, str, int, int]]:
-    """(worker, program, first case, behind the last case)."""
-    parts = [
-        (program, first, min(first + CASES_PER_WORKER, share))
-        for program, share in _shares(count)
-        for first in range(0, share, CASES_PER_WORKER)
-    ]
-    return ((number, *part) for number, part in enumerate(parts))
+def _tasks(count: int) -> list[list[Name]]:
+    """What each process of ours does, behind one another."""
+    found = names(count)
+    tasks: list[list[Name]] = []
+    for group in (
+        [n for n in found if n.program != ALONE],
+        [n for n in found if n.program == ALONE],
+    ):
+        starts = range(0, len(group), CASES_PER_WORKER)
+        tasks += [group[start : start + CASES_PER_WORKER] for start in starts]
+    return tasks
 
 
 # ---- cases in processes of ours
 
 
-def _in_a_worker(program: str, seed: int, first: int, last: int, folder: Path) -> list[str]:
+def _in_workers(seed: int, task: Sequence[Name], folder: Path) -> list[Done]:
     """Do cases in a process; one that brings it down, or is silent, is a failure like others."""
-    failures, report = [], folder / "report.jsonl"
-    folder.mkdir(parents=True)
-    report.touch()
-    while first < last:
-        status = _watch(program, seed, first, last, folder)
-        lines = [json.loads(line) for line in report.read_text().splitlines()]
-        failures += [line["failure"] for line in lines if line["failure"]]
-        first = lines[-1]["number"] + 1 if lines else first
-        if first < last:
-            failures.append(f"{_again(program, seed, first)}: the process ended with {status}")
-            first += 1
-        for leftover in folder.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        report.touch()
-    return failures
+    done: list[Done] = []
+    while len(done) < len(task):
+        folder.mkdir(parents=True)
+        status = _watch(seed, task[len(done) :], folder)
+        done += [Done(**json.loads(line)) for line in _lines(folder)]
+        if len(done) < len(task):
+            log = (folder / "worker.log").read_text(errors="replace").strip()
+            fault = f"the process ended with {status}: {log[-300:]!r}"
+            name = task[len(done)]
+            done.append(Done(*name, 0.0, f"{_again(name, seed)}: {fault}"))
+        shutil.rmtree(folder)
+    return done
 
 
-def _watch(program: str, seed: int, first: int, last: int, folder: Path) -> int | str:
+def _lines(folder: Path) -> list[str]:
+    report = folder / "report.jsonl"
+    return report.read_text().splitlines() if report.exists() else []
+
+
+def _watch(seed: int, task: Sequence[Name], folder: Path) -> int | str:
     """Start a worker and wait for it; one whose report does not grow for long is ended."""
-    command = [sys.executable, "-m", "tests.chaos.bad_input", program, str(seed)]
-    command += [str(first), str(last), str(folder)]
-    report, heard = folder / "report.jsonl", time.monotonic()
+    command = [sys.executable, "-m", "tests.chaos.bad_input", str(seed), str(folder)]
+    size, heard = 0, time.monotonic()
     with open(folder / "worker.log", "wb") as log:
         worker = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(folder), stdout=log, stderr=log
+            [*command, *map(str, task)],
+            cwd=REPOSITORY,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
         )
-    size = 0
     while worker.poll() is None:
         time.sleep(0.2)
-        if report.stat().st_size != size:
-            size, heard = report.stat().st_size, time.monotonic()
+        if len(_lines(folder)) != size:
+            size, heard = len(_lines(folder)), time.monotonic()
         limit = SILENT_SECONDS if size else START_LIMIT  # a busy machine imports for minutes
         if time.monotonic() - heard > limit:
             worker.kill()
@@ -162,27 +201,29 @@ def _watch(program: str, seed: int, first: int, last: int, folder: Path) -> int 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do cases in this process, one line of the report each; see the module's docstring."""
-    program, seed, first, last, place = arguments or sys.argv[1:]
-    folder = Path(place)
+    seed, place, *given = arguments or sys.argv[1:]
+    folder = Path(place).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    call = _prepared(program, folder)
     os.chdir(folder)  # for what a relative path may come to
+    signal.signal(signal.SIGALRM, _on_alarm)
     with open(folder / "report.jsonl", "a") as report:
-        report.write(json.dumps({"number": int(first) - 1, "failure": None}) + "\n")  # ready
-        report.flush()
-        for number in range(int(first), int(last)):
-            failure = judge(program, int(seed), number, folder, call)
-            report.write(json.dumps({"number": number, "failure": failure}) + "\n")
+        for text in given:
+            program, _, number = text.rpartition(":")
+            name = Name(program, int(number))
+            call = _prepared(program, folder)
+            done = judge(name, int(seed), folder, lambda argv, call=call: _call(call, argv))
+            report.write(json.dumps(asdict(done)) + "\n")
             report.flush()
 
 
-def _prepared(program: str, folder: Path) -> Callable[[list[str]], Ended]:
+@cache
+def _prepared(program: str, folder: Path) -> Callable[[list[str]], None]:
     """The program's `main`, ready to be called many times over in this process."""
     module: Any = import_module(PROGRAMS[program][1])
     if program.startswith("pretrain/"):
         _prepare_trainer(module, folder)
-    signal.signal(signal.SIGALRM, _on_alarm)
-    return lambda argv: _call(module.main, argv)
+    main: Callable[[list[str]], None] = module.main
+    return main
 
 
 def _prepare_trainer(module: Any, folder: Path) -> None:
@@ -191,9 +232,10 @@ def _prepare_trainer(module: Any, folder: Path) -> None:
 
     from pretrain.environment import single_rank_defaults
 
-    single_rank_defaults()
-    store = dist.FileStore(str(folder / "ranks"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not dist.is_initialized():
+        single_rank_defaults()
+        store = dist.FileStore(str(folder / "ranks"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     module.start_ranks = lambda: torch.device("cpu")
     dist.destroy_process_group = lambda: None  # at the end of each run
     if hasattr(module, "build_run"):
@@ -209,7 +251,7 @@ def _on_alarm(*_: Any) -> None:
 
 
 def _call(main: Callable[[list[str]], None], argv: list[str]) -> Ended:
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors, before = io.StringIO(), io.StringIO(), _held()
     signal.alarm(CASE_SECONDS)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -218,7 +260,26 @@ def _call(main: Callable[[list[str]], None], argv: list[str]) -> Ended:
         status = None
     finally:
         signal.alarm(0)
-    return Ended(status, output.getvalue(), errors.getvalue())
+    return Ended(status, output.getvalue(), errors.getvalue(), _left(before))
+
+
+def _held() -> tuple[list[Any], set[threading.Thread], int]:
+    """Handlers of signals, threads, and the number of open files of this process."""
+    handlers = [signal.getsignal(number) for number in STOPPING]
+    return handlers, set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+
+
+def _left(before: tuple[list[Any], set[threading.Thread], int]) -> str | None:
+    """What a program that ended has left in the process, if anything."""
+    for thread in set(threading.enumerate()) - before[1]:
+        thread.join(1)  # it may be about to end
+    handlers, threads, files = _held()
+    if handlers != before[0]:
+        return "handlers of signals"
+    more = [thread.name for thread in threads - before[1]]
+    if more:
+        return f"the threads {', '.join(more)}"
+    return f"{files - before[2]} open files" if files > before[2] + ENOUGH_FILES else None
 
 
 def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -253,28 +314,34 @@ def _process(program: str, argv: list[str], folder: Path) -> Ended:
 # ---- what is right
 
 
-def judge(
-    program: str, seed: int, number: int, folder: Path, call: Callable[[list[str]], Ended]
-) -> str | None:
-    """Do a case; what is wrong with how it ended, as one line, if anything is."""
-    place = folder / f"{Path(program).stem}-{Path(program).parent.name}-{number}"
-    case = _build(program, seed, number, place)
+def judge(name: Name, seed: int, folder: Path, call: Callable[[list[str]], Ended]) -> Done:
+    """Do a case and say what is wrong with how it ended."""
+    place = _place(name, folder)
+    begin = time.monotonic()
+    case = _build(name, seed, place)
     before = _contents(place) | _digests(case.keep)
     ended = call(case.argv)
     lost = _lost(case, before, _contents(place) | _digests(case.keep), ended.status)
     fault = lost or _fault(case, ended)
     _remove(place)
-    return f"{_again(program, seed, number)}: {fault}; {json.dumps(case.argv)}" if fault else None
+    told = f"{_again(name, seed)}: {fault}; {json.dumps(case.argv)}" if fault else None
+    return Done(*name, time.monotonic() - begin, told)
 
 
-def _build(program: str, seed: int, number: int, place: Path) -> Case:
-    build: Callable[[random.Random, Path], Case] = import_module(PROGRAMS[program][0]).build
-    return build(random.Random(f"{program} {seed} {number}"), place)
+def _place(name: Name, folder: Path) -> Path:
+    """The folder of a case."""
+    return folder / f"{name.program.removesuffix('.py').replace('/', '-')}-{name.number}"
 
 
-def _again(program: str, seed: int, number: int) -> str:
+def _build(name: Name, seed: int, place: Path) -> Case:
+    module = import_module(PROGRAMS[name.program][0])
+    build: Callable[[random.Random, Path], Case] = module.build
+    return build(random.Random(f"{name.program} {seed} {name.number}"), place)
+
+
+def _again(name: Name, seed: int) -> str:
     """The command that does a case again."""
-    return f"python -m tests.chaos.bad_input {program} {seed} {number} {number + 1} again"
+    return f"python -m tests.chaos.bad_input {seed} again {name}"
 
 
 def _contents(folder: Path) -> dict[Path, str]:
@@ -306,6 +373,8 @@ def _fault(case: Case, ended: Ended) -> str | None:
     lines = [line for line in ended.errors.split("\n") if line.strip()]
     if ended.status is None:
         return "it hung"
+    if ended.left:
+        return f"it left {ended.left} behind"
     if "Traceback" in ended.output + ended.errors:
         return f"a traceback: {lines[-1]}"
     if ended.status == 0:

@@ -91,7 +91,7 @@ def _flag(chance: random.Random, materials: Materials, folder: Path) -> Case | G
     if kind == 4:
         name = chance.choice(("data", "teacher", "output"))
         return {name: chance.choice(("/" + "n" * 300, "a/" * 3000, "\udcff"))}
-    more = chance.choice((("--width", "3"), ("--seed", "1", "--seed", "2"), ("--layers",), ("x",)))
+    more = chance.choice((("--width", "3"), ("--seed", "1", "--seed", "-2"), ("--layers",), ("x",)))
     return case(materials, folder, {}, more)
 
 

@@ -19,7 +19,7 @@ SETUPS = (
     Setup(2, 0),
     Setup(2, 2, workers=1),
 )
-TARGETS = ("rank", "rank", "launch.py", "deepspeed", "group")
+TARGETS = ("rank", "rank", "group", "group", "launch.py", "deepspeed")
 AIMS = ("step", "checkpoint", "checkpoint", "export", "behind", "start")
 LIMIT = 60.0
 

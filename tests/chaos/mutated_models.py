@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.models import UNTRAINED, WEIGHTS
+from pretrain.model_folder import WEIGHTS
+from pretrain.models import UNTRAINED
 from tests.chaos.mutations import change_json, cut, damage_text, flip_bits, odd_path
 
 BAD_SIZES: list[Any] = [None, 0, -1, -32, 1.5, "32", [32], {}, True, 10**9, 2**62, "x"]

@@ -177,7 +177,7 @@ def _usage(chance: random.Random, materials: Materials, folder: Path) -> Case | 
     if kind == 1:
         return case(materials, folder, {}, (f"--{odd_text(chance, 'lr data x - _ 0 sz')}x", "1"))
     if kind == 2:
-        return case(materials, folder, {}, ("--lr", "0.1", "--lr", "0.2"))
+        return case(materials, folder, {}, ("--lr", "0.1", "--lr", "0"))  # the last one counts
     if kind == 3:
         return case(materials, folder, {}, (chance.choice(("--teach", "--dat", "--objectiv")), "x"))
     if kind == 4:

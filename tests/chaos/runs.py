@@ -194,8 +194,9 @@ def _digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A run that nothing happened to, and the seconds until its first step."""
+    """A run that nothing happened to: its folder, and the seconds until its first step."""
 
+    run: Path
     result: Result
     first_step_seconds: float
 
@@ -226,7 +227,7 @@ def _unbroken(setup: Setup, base: Path) -> Unbroken:
         started.end()
     if set(started.statuses()) != {0}:
         raise RuntimeError(f"unbroken {setup.name}: {started.statuses()}, {started.tail(2000)}")
-    return Unbroken(Result.of(place / "run"), first)
+    return Unbroken(place / "run", Result.of(place / "run"), first)
 
 
 def shares(words: Sequence[str]) -> str:

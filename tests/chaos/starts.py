@@ -96,6 +96,8 @@ class Started:
             if time.monotonic() - begin > limit:
                 return None
             time.sleep(LOOK_SECONDS)
+        for process in self.processes:
+            process.wait()  # it may have ended only when `alive` had asked it already
         return time.monotonic() - begin
 
     def end(self) -> None:

@@ -8,7 +8,7 @@ changed; the rows of each step are compared in this process.
 import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM
@@ -18,6 +18,7 @@ import numpy as np
 from potstill.console import progress
 from pretrain.batches import Slices
 from pretrain.order import Order
+from tests.chaos.chains import resumed_wrong
 from tests.chaos.common import Outcome
 from tests.chaos.runs import (
     GLOBAL_BATCH,
@@ -59,12 +60,14 @@ def run(seed: int, count: int, folder: Path) -> Outcome:
     materials_beside(folder)
     with progress(total=count, unit="change") as bar, ThreadPoolExecutor(AT_ONCE) as pool:
 
-        def act(number: int) -> None:
-            faults = Walk(planned[number], folder / f"walk-{number}", folder, tally).follow()
-            tally.failures += [f"worlds {seed}-{number} {planned[number]}: {f}" for f in faults]
-            bar.update(len(planned[number]) - 1)
+        def act(number: int, walk: Walk, unchanged: Future[list[str]]) -> None:
+            faults = walk.follow() or unchanged.result() or walk.compare()
+            tally.failures += [f"worlds {seed}-{number} {walk.cuts}: {f}" for f in faults]
+            bar.update(len(walk.cuts) - 1)
 
-        list(pool.map(act, range(len(planned))))
+        made = [Walk(cuts, folder / f"walk-{n}", folder, tally) for n, cuts in enumerate(planned)]
+        unchanged = [pool.submit(walk.do_unchanged) for walk in made]
+        list(pool.map(act, range(len(made)), made, unchanged))
     rows = [f"worlds {seed}: {fault}" for cut in RANKS for fault in other_rows(seed, cut)]
     details: dict[str, int | float | str] = {
         "walks": "; ".join(" -> ".join(f"{r}r zero{s}" for r, s in walk) for walk in planned),
@@ -102,29 +105,34 @@ class Walk:
     folder: Path
     tally: Tally
 
+    def do_unchanged(self) -> list[str]:
+        """Do the run that keeps its cut; what went wrong."""
+        return self._finish(self._start(self.cuts[0], "unchanged"), "unchanged")
+
     def follow(self) -> list[str]:
-        """Do both runs and compare; what went wrong."""
-        self.place.mkdir(parents=True)
-        unchanged = self._start(self.cuts[0], "unchanged")
-        faults, changes = self._finish(unchanged, "unchanged"), list[int]()
+        """Do the run whose cuts change; what went wrong."""
         for number, cut in enumerate(self.cuts):
-            if faults:
+            before, started = Seen.of(self.changed), self._start(cut, "changed")
+            last = number == len(self.cuts) - 1
+            ended = self._finish(started, "changed") if last else self._stop(started, before)
+            if faults := [*ended, *resumed_wrong(before, Seen.of(self.changed))]:
                 return faults
-            started = self._start(cut, "run")
-            if number == len(self.cuts) - 1:
-                faults = self._finish(started, "run")
-            else:
-                faults = self._stop(started)
-                changes.append(Seen.of(self.place / "run").newest or 0)
-        return faults or self._compare(changes)
+        return []
+
+    @property
+    def changed(self) -> Path:
+        """The folder of the run whose cuts change."""
+        return self.place / "changed" / "run"
 
     def _start(self, cut: Cut, name: str) -> Started:
         setup = Setup(*cut, launcher=cut[0] > 1)
+        place = self.place / name  # two runs at once write a ds_config each
+        place.mkdir(parents=True, exist_ok=True)
         return start(
             setup,
             materials_beside(self.folder),
-            self.place / name,
-            f"{name}-{setup.name}",
+            place / "run",
+            setup.name,
             dropout=0,
             lr=1e-3,
             max_steps=ROOM * len(self.cuts),
@@ -142,10 +150,9 @@ class Walk:
         finally:
             started.end()
 
-    def _stop(self, started: Started) -> list[str]:
+    def _stop(self, started: Started, before: Seen) -> list[str]:
         """Stop a leg when it has taken its steps."""
-        run = self.place / "run"
-        begin, before = time.monotonic(), Seen.of(run)
+        begin, run = time.monotonic(), self.changed
         try:
             while last_step(run) < before.step + LEG and not started.ended():
                 if time.monotonic() - begin > START_LIMIT:
@@ -161,15 +168,13 @@ class Walk:
             return [f"stopped at {after.step} with checkpoint {after.newest}: {started.tail()}"]
         return []
 
-    def _compare(self, changes: Sequence[int]) -> list[str]:
-        """The losses behind each change, and where the legs went on."""
+    def compare(self) -> list[str]:
+        """The losses behind each change."""
         theirs, ours = (
             {line["step"]: line["loss"] for line in read_lines(run) if line["kind"] == "train"}
-            for run in (self.place / "unchanged", self.place / "run")
+            for run in (self.place / "unchanged" / "run", self.changed)
         )
-        resumes, faults = Seen.of(self.place / "run").resumes, []
-        if list(resumes) != list(changes):
-            return [f"stopped at {changes}, went on at {resumes}"]
+        changes, faults = Seen.of(self.changed).resumes, list[str]()
         for step, cut in zip(changes, self.cuts[1:], strict=True):
             compared = range(step + 1, step + 1 + COMPARED)
             found = [abs(ours[n] - theirs[n]) / abs(theirs[n]) for n in compared]

@@ -26,8 +26,8 @@ from tests.launch import materials_fixture as materials_fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-STEPS, SAVE_EVERY = 40, 8
-RESUMED_AT = 32  # of the run that is given a path
+STEPS, SAVE_EVERY = 88, 8
+RESUMED_AT = 80  # of the run that is given a path
 
 
 @pytest.fixture(scope="module")
@@ -156,5 +156,5 @@ def test_a_finished_run_started_again_says_so_and_trains_nothing(folder: Path) -
 def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     for run in ("killed", "unbroken"):
         whole = sorted((folder / run / "checkpoints").glob("*/checkpoint.json"))
-        assert [mark.parent.name for mark in whole] == ["step-00000032", "step-00000040"]
+        assert [mark.parent.name for mark in whole] == ["step-00000080", "step-00000088"]
         assert json.loads(whole[-1].read_text())["world_size"] == 2

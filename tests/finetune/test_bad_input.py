@@ -277,8 +277,9 @@ def test_an_index_of_weights_cannot_leave_the_folder(
         ({"intermediate_size": 10**8}, "config.json describes 1.3e+10 weights"),
         ({"num_hidden_layers": 1}, "weights belong to layers that config.json does not have"),
         ({"hidden_act": "nope"}, "config.json cannot be used (KeyError: 'nope')"),
-        ({"layer_norm_eps": float("nan")}, "its outputs are not finite"),
-        ({"hidden_dropout_prob": float("nan")}, "cannot compute a row and be saved again"),
+        ({"layer_norm_eps": float("nan")}, "the number NaN is not finite"),
+        ({"layer_norm_eps": -1e9}, "its outputs are not finite"),
+        ({"layer_norm_eps": "1e-12"}, "cannot compute a row and be saved again"),
         (
             {"id2label": {"0": "a", "7": "b"}, "architectures": ["BertForSequenceClassification"]},
             "1",

@@ -22,6 +22,7 @@ from pretrain.attention import (
 from pretrain.batches import Batch
 from pretrain.encoder import PROJECTIONS, encode
 from pretrain.features import Depth, Feature, depth_needed
+from pretrain.model_folder import WEIGHTS
 from pretrain.models import HEADS, Encoder, load_config, load_encoder
 from pretrain.objectives import LayerPair, Settings, build_objective
 from pretrain.step import Distillation
@@ -240,6 +241,7 @@ def test_nothing_behind_the_deepest_feature_runs_or_learns(
 )
 def test_unsupported_architecture_is_refused_by_name(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).touch()
     match = f"--teacher .*'{config.model_type}' is not supported; supported are bert, roberta"
     with pytest.raises(InputError, match=match):
         load_config(str(tmp_path), "--teacher")
@@ -247,6 +249,7 @@ def test_unsupported_architecture_is_refused_by_name(config: Any, tmp_path: Path
 
 def test_decoder_is_refused(tmp_path: Path) -> None:
     tiny_config("bert", is_decoder=True).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).touch()
     with pytest.raises(InputError, match="is_decoder"):
         load_config(str(tmp_path), "--student")
 

@@ -154,8 +154,6 @@ def test_no_flag_takes_a_number_that_is_not_finite(name: str, value: str) -> Non
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--lr", "1", "--lr", "2"], "--lr stands there twice"),
-        (["--mask_whole_words", "--mask-whole-words"], "--mask_whole_words stands there twice"),
         (["--validation_rows", "9" * 30], "--validation_rows 9+… has more than 64 bits"),
         (["--teacher", "x" * 300], "longer than any"),
         (["--revision", "\udcff"], "no UTF-8"),

@@ -17,7 +17,8 @@ from data_prep.shard_format import TRAIN, read_manifest
 from data_prep.tokenization import train_tokenizer
 from potstill.files import write_json
 from pretrain import run
-from pretrain.models import UNTRAINED, WEIGHTS
+from pretrain.model_folder import WEIGHTS
+from pretrain.models import UNTRAINED
 from tests.launch import Materials, flags, shard_text, start, write_ds_config, write_teacher
 from tests.launch import materials_fixture as materials_fixture
 from tests.pretrain.checkpoints import write_checkpoint
