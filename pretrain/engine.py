@@ -63,6 +63,11 @@ from pretrain.summary import planned_tokens
 from pretrain.teacher import Teacher
 
 PROBE_ROWS, DRY_STEPS = 8, 2
+REFUSALS = (
+    *(NotImplementedError, ValueError, ZeRORuntimeException),
+    *(AssertionError, AttributeError, KeyError, TypeError),
+)
+"""What DeepSpeed raises at settings that do not go together."""
 
 _held: Lock | None = None  # of this process: a lock ends when its file is closed
 _ops: OpsFolder | None = None
@@ -331,9 +336,10 @@ def _start_engine(plan: Plan, own: StudentPlan, module: Distillation, device: to
             optimizer=optimizer,
             config=without_monitors(own.ds_config),
         )
-    except (NotImplementedError, ValueError, ZeRORuntimeException) as error:
+    except REFUSALS as error:
         raise InputError(
-            f"--ds_config {plan.config.run.ds_config}: DeepSpeed cannot start with it: {error}"
+            f"--ds_config {plan.config.run.ds_config}: DeepSpeed cannot start with it: "
+            f"{type(error).__name__}: {error}; ds_configs/ has configs that work"
         ) from error
     skip_if_not_finite(engine)
     return engine

@@ -75,7 +75,8 @@ class Part:
     """A kind of chain.
 
     Attributes:
-        name, seed: of the part. limit: seconds within which all must have ended.
+        name, seed: of the part. limit: seconds within which all must have ended; ranks that are
+            still starting have those of a start besides.
         judge: what is wrong about a blow, in words.
     """
 
@@ -162,12 +163,13 @@ class Chain:
     def _strike(self, started: Started, run: Path, blow: Blow, before: Seen) -> Struck | None:
         """Wait for the blow's moment, let it fall and wait for the end; None: it ended before."""
         old, usual = half_written(run), unbroken(self.setup, self.folder).first_step_seconds
-        longer = LAUNCHED if self.setup.launcher else 1
-        if not await_moment(started, run, blow, usual * longer):
+        start_seconds = usual * (LAUNCHED if self.setup.launcher else 1)
+        if not await_moment(started, run, blow, start_seconds):
             return None
         at = Seen.of(run)
         hit = started.send(blow.number, blow.target, blow.rank)
-        seconds = started.wait_ended(self.part.limit)
+        deaf = start_seconds if blow.aim == "start" else 0.0  # ranks that import hear of nothing
+        seconds = started.wait_ended(self.part.limit + deaf)
         statuses = started.statuses()
         started.end()
         new = len(half_written(run) - old)

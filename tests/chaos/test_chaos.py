@@ -19,12 +19,12 @@ from tests.chaos.runs import Result, Seen, Setup, shares
 from tests.chaos.worlds import RANKS, other_rows, walks
 
 SHORT = {  # part: seed and count
-    "kills": (0, 2),  # of launch.py and of rank 1, each while a checkpoint is written
-    "preemptions": (0, 2),  # one rank alone, in an export and in a validation
+    "kills": (0, 1),  # of all processes, while a checkpoint is written
+    "preemptions": (0, 1),  # of one rank alone, while a student is exported
     "worlds": (45, 1),  # 1 rank without ZeRO -> 2 ranks under ZeRO-3
     "sharder": (0, 4),
     "bad_input": (0, 150),
-    "flips": (0, 60),
+    "flips": (0, 60),  # in a checkpoint of the run that kills are compared with, and in shards
 }
 LAUNCHED, BARE = Setup(2, 1), Setup(2, 1, launcher=False)
 WHOLE = Result([(1, 0.5, 1.0), (2, 0.25, 1.0)], [(0, 1.0), (2, 0.5)], {"student": "ab"})

@@ -1,7 +1,9 @@
 """Bad input of the extraction: one line with the remedy, exit status 2, nothing written."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,3 +210,24 @@ def test_the_program_exits_with_2_and_one_line(materials: Materials, tmp_path: P
     assert len(lines) == 1 and "--freeze encoder" in lines[0]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "student").exists()
+
+
+def test_a_signal_ends_the_program_in_one_line_with_nothing_written(
+    materials: Materials,
+    one_rank: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(extract, "start_ranks", lambda: torch.device("cpu"))
+    monkeypatch.setattr(extract, "score", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        extract.main(flags(**defaults(materials, tmp_path)))
+    assert stop.value.code == 130
+    assert "error: stopped by SIGINT; a student appears whole" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) == handler

@@ -289,7 +289,10 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weights of another shape": (changed_weights(narrower), ("weights cannot be read",)),
     "a lost weight": (changed_weights(lost), ("1 weights of the encoder are missing", QUERY)),
     "only a pickle": (only_a_pickle, ("pytorch_model.bin", "run code", WEIGHTS)),
-    "an index that leaves the folder": (index_outside, ("index.json", "files beside it")),
+    "an index that leaves the folder": (
+        index_outside,
+        ("index.json", "the name of a file in the folder"),
+    ),
     "code of its own": (own_code, ("auto_map", "never run")),
     "a quantised teacher": (changed_config(quantization_config={"bits": 4}), ("is quantised",)),
     "a kernel of the hub": (changed_config(attn_implementation="a/b"), ("attn_implementation",)),
