@@ -23,14 +23,14 @@ from data_prep.readers import (
     read_text,
 )
 from potstill.errors import InputError
+from potstill.secrets import redacted
+from potstill.text import fits_a_line
 
 READERS = {".txt": read_text, ".jsonl": read_json_lines, ".json": read_json_lines}
 KINDS = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
 PIECE_CHARACTERS = 500  # a piece ends at the first paragraph end behind this many characters,
 LONGEST_PIECE = 16_000  # or at the last blank before this many
 # Cuts lie before a run of whitespace: no usual pre-tokenizer joins a word with what follows it.
-# What breaks a line of a message, or cannot be written as UTF-8 (bytes of a name that are not).
-_UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BLANK = re.compile(r".*\S(?=[ \n\t])", re.DOTALL)
 
 
@@ -59,11 +59,11 @@ class Source:
         """What tells whether the source is still the same: for the settings of a run."""
         files = [self.path] if self.path else []
         if self.dataset is not None and Path(self.dataset.name).is_dir():
-            files = sorted(path for path in Path(self.dataset.name).rglob("*") if path.is_file())
+            files = visible_files(Path(self.dataset.name))
         stats = [(str(path.resolve()), path.stat()) for path in files if path]
         return {
             "name": self.name,
-            "dataset": list(vars(self.dataset).values()) if self.dataset else None,
+            "dataset": redacted(list(vars(self.dataset).values())) if self.dataset else None,
             "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         }
 
@@ -74,7 +74,7 @@ def check_name(name: str) -> None:
     Raises:
         InputError: it is empty, not UTF-8, or has a newline or another control character.
     """
-    if not name or _UNSPEAKABLE.search(name):
+    if not name or not fits_a_line(name):
         raise InputError(f"{name!r} is empty, not UTF-8 or has a control character; rename it")
 
 
@@ -107,11 +107,11 @@ def check_apart(inputs: list[str], output: Path) -> None:
     """
     place = Path(os.path.realpath(output))  # unlike `resolve`, it takes circles of links
     for folder in filter(Path.is_dir, map(Path, inputs)):
-        found = folder.resolve()
-        if found in (place, *place.parents):
-            raise InputError(f"--output {output} lies inside the input {folder}; give another")
-        if place in found.parents:
-            raise InputError(f"the input {folder} lies inside --output {output}; give another")
+        for found in map(Path, _walk(folder)):  # folders behind links too
+            if found in (place, *place.parents):
+                raise InputError(f"--output {output} lies inside the input {folder}; give another")
+            if place in found.parents:
+                raise InputError(f"the input {folder} lies inside --output {output}; give another")
 
 
 def _kind_of(path: Path) -> str:
@@ -126,13 +126,32 @@ def is_text(path: Path) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files in a folder and its sub-folders, sorted, without hidden files and folders."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """The files in a folder and its sub-folders, sorted, without hidden files and folders.
+
+    Links are followed; a folder that is reached twice, as in a circle, counts once.
+    """
+    return sorted(path for paths in _walk(folder).values() for path in paths if path.is_file())
+
+
+def _walk(folder: Path) -> dict[str, list[Path]]:
+    """What stands in a folder and its visible sub-folders, by the folders' real paths.
+
+    Raises:
+        OSError: a sub-folder cannot be read.
+    """
+    found: dict[str, list[Path]] = {}
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
+        real = os.path.realpath(place)
+        if real in found:
+            folders.clear()  # not entered a second time
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found[real] = [Path(place, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _source(name: str, path: Path) -> Source:

@@ -4,7 +4,6 @@ The journal is one file, replaced atomically behind every finished shard, so tha
 killed at any instant goes on with the very state it had there.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -14,7 +13,7 @@ import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +26,13 @@ from data_prep.shard_format import (
     ShardFile,
     damage,
     read_manifest,
+    read_versioned,
     shard_image,
 )
 from potstill.console import progress
 from potstill.errors import InputError
-from potstill.files import read_sealed_json, write_bytes, write_sealed_json
+from potstill.files import write_bytes, write_sealed_json
+from potstill.lock import Lock, hold
 
 WORKING_FOLDER = ".sharding"
 DIGEST_BYTES = 32  # the journal's SHA-256, before what it holds
@@ -61,7 +62,8 @@ class Journal:
         self.learned_tokenizer = self.folder / "tokenizer"
         self._journal = self.folder / "journal"
         self._settings = self.folder / "settings.json"
-        self._lock: IO[str] | None = None
+        self._lock_file = self.folder / "lock"
+        self._lock: Lock | None = None
         self._made_output = False
 
     def is_complete(self, settings: dict[str, Any]) -> bool:
@@ -98,20 +100,19 @@ class Journal:
                 raise InputError(
                     f"--output {self.output} belongs to another run: {name} was "
                     f"{_short(was, wanted)}, now {_short(wanted, was)}; "
-                    "give another folder, or delete this one"
+                    "give another folder"
                 )
 
     def _earlier(self) -> dict[str, Any]:
         """The settings of the run that the folder holds."""
         try:
-            return read_sealed_json(self._settings)
+            return read_versioned(self._settings)
         except (OSError, ValueError) as error:
             raise self._damaged(self._settings, error) from error
 
     def _damaged(self, path: Path, error: Exception) -> InputError:
-        return InputError(
-            f"{path} cannot be used ({error}); delete {self.output} and run the same command again"
-        )
+        """A file that tells what the shards are; they themselves may be good."""
+        return InputError(f"{path} cannot be used ({error}); give another --output")
 
     def _may_change(self, name: str, was: Any, wanted: Any, settings: dict[str, Any]) -> bool:
         """Whether all that is sharded so far is the same in spite of this difference.
@@ -136,36 +137,51 @@ class Journal:
         if self._journal.exists():  # compared already, in `is_complete`
             shards = {file.name for file in self.load()[0].shards}
             names = {self._journal.name, self._settings.name, self.learned_tokenizer.name}
-            return {"lock"} | names | shards
+            return {self._lock_file.name} | names | shards
         if self._settings.exists() and self._earlier() == _plain(settings):
-            return {"lock", self._settings.name, self.learned_tokenizer.name}
-        return {"lock"}
+            return {self._lock_file.name, self._settings.name, self.learned_tokenizer.name}
+        return {self._lock_file.name}
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any]) -> bool:
         """Make the working folder, or take up that of a stopped run with these settings.
 
+        Returns:
+            Whether there is work: False if another process has finished it meanwhile.
+
         Raises:
-            InputError: the folder cannot be made, or another process works in it.
+            InputError: the folder cannot be made, another process works in it, or it holds another
+                run by now.
         """
         try:
             self._made_output = not self.output.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.release()
-            raise InputError(
-                f"another process is sharding into {self.output}; wait for it, or give another"
-            ) from error
+            self._lock = self._hold()
         except OSError as error:
             raise InputError(
                 f"--output {self.output} cannot be written ({error.strerror}); give another"
             ) from error
+        if self.is_complete(settings):  # what was seen before the lock was held may be old
+            return False
         kept = self._kept(settings)
         old = [path for path in self.folder.iterdir() if path.name not in kept]
         for path in old + [path for path in self.output.iterdir() if _is_left_over(path)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_sealed_json(self._settings, settings)
+        return True
+
+    def _hold(self) -> Lock:
+        """The lock; a refused run that ends at this moment may have removed it with its folder."""
+        self._lock_file.touch()
+        before = self._lock_file.stat()
+        busy = f"another process is sharding into {self.output}; wait for it, or give another"
+        lock = hold(self._lock_file, busy)
+        try:
+            if os.path.samestat(before, self._lock_file.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        lock.release()
+        raise InputError(f"another process just left {self.output}; run the same command again")
 
     def add_shard(self, state: State, split: str, rows: np.ndarray) -> None:
         """Write a shard under its working name; it counts once the journal is saved."""
@@ -234,14 +250,14 @@ class Journal:
         ]
 
     def close(self) -> None:
-        """Drop what only a continuation needs; the settings stay."""
+        """Drop what only a continuation needs; the settings and the lock stay."""
         self._journal.unlink(missing_ok=True)
-        (self.folder / "lock").unlink(missing_ok=True)
         shutil.rmtree(self.learned_tokenizer, ignore_errors=True)
 
     def undo(self) -> None:
         """Remove the working folder of a refused run that has nothing to go on from."""
-        if self._lock is None or self._journal.exists() or self.learned_tokenizer.exists():
+        needed = (self._journal, self.learned_tokenizer, self.output / MANIFEST)
+        if self._lock is None or any(path.exists() for path in needed):
             return
         shutil.rmtree(self.folder)
         if self._made_output:
@@ -250,7 +266,7 @@ class Journal:
     def release(self) -> None:
         """Let other processes work in the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
 

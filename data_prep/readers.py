@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import zstandard
 
 from potstill.errors import InputError
+from potstill.secrets import redacted
 
 LINE_LIMIT = 1 << 20  # bytes of a line of text taken at once
 BOM = b"\xef\xbb\xbf"
@@ -199,12 +200,13 @@ def _open_parquet(path: Path, options: ReadOptions) -> Any:
 
     try:
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (pyarrow.ArrowException, OSError) as error:
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8 too
         raise InputError(
             f"{path} is no whole Parquet file ({_one_line(error)}); fetch it again"
         ) from error
-    if options.text_column not in file.schema_arrow.names:
-        raise missing_column(path, options, file.schema_arrow.names)
+    if options.text_column not in names:
+        raise missing_column(path, options, names)
     return file
 
 
@@ -225,7 +227,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Fragment]:
                     yield _bad_text(place, options)
                     continue
                 yield _document(text, place, options)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"{path} is damaged behind row {row} ({_one_line(error)}); fetch it again"
         ) from error
@@ -241,6 +243,15 @@ class DatasetName:
     config: str | None
     split: str
 
+    @property
+    def shown(self) -> str:
+        """The name as it is printed and saved, without a secret of an address."""
+        return str(redacted(self.name))
+
+    def told(self, error: Exception) -> str:
+        """What the library says; its kind alone where it could repeat a secret in other words."""
+        return _one_line(error) if self.shown == self.name else type(error).__name__
+
 
 def read_dataset(dataset: DatasetName, options: ReadOptions) -> Iterator[Fragment]:
     """One document a row of a data set's split, streamed."""
@@ -253,18 +264,18 @@ def read_dataset(dataset: DatasetName, options: ReadOptions) -> Iterator[Fragmen
         columns = rows.column_names or list(next(iter(rows), {options.text_column: None}))
     except Exception as error:  # the library raises of every kind: no name, split, network, format
         raise InputError(
-            f"--dataset {dataset.name} (config {dataset.config}, split {dataset.split}) cannot be "
-            f"loaded: {_one_line(error)}"
+            f"--dataset {dataset.shown} (config {dataset.config}, split {dataset.split}) cannot be "
+            f"loaded: {dataset.told(error)}"
         ) from error
     if options.text_column not in columns:
-        raise missing_column(f"--dataset {dataset.name}", options, columns)
+        raise missing_column(f"--dataset {dataset.shown}", options, columns)
     iterator = iter(rows.select_columns([options.text_column]))
     for number in itertools.count():
-        place = f"--dataset {dataset.name}, row {number},"
+        place = f"--dataset {dataset.shown}, row {number},"
         try:
             row = next(iterator, None)
         except Exception as error:  # as above: a network or a file that breaks half-way
-            raise InputError(f"{place} cannot be read: {_one_line(error)}") from error
+            raise InputError(f"{place} cannot be read: {dataset.told(error)}") from error
         if row is None:
             return
         yield _document(row[options.text_column], place, options)

@@ -152,9 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shard(args)
     except Signalled as signalled:
         raise Stopped(signalled.number, KEPT) from None
-    except OSError as error:  # a path that cannot even be looked at
-        where, why = error.filename or "a path", error.strerror or error
-        raise InputError(f"{where} cannot be used: {why}; give another") from error
 
 
 def look(args: argparse.Namespace) -> None:
@@ -188,14 +185,17 @@ def shard(args: argparse.Namespace) -> None:
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
     journal = Journal(args.output)
     settings = settings_of(plan, sources, options, tokenizer_identity(args, tokenizer))
+    complete = f"{args.output} is complete already, with these settings"
     if journal.is_complete(settings):
         journal.close()
-        say(f"{args.output} is complete already, with these settings")
+        say(complete)
         return
     if tokenizer is not None:
         check_engine(encoder_settings(tokenizer), args.engine)  # refused: nothing is left behind
     try:
-        journal.begin(settings)
+        if not journal.begin(settings):
+            say(complete)
+            return
         if tokenizer is None:
             tokenizer = learned_tokenizer(args.train_tokenizer, journal, sources, options)
             check_engine(encoder_settings(tokenizer), args.engine)
@@ -235,14 +235,17 @@ def convert(args: argparse.Namespace, plan: ShardPlan, sources: list[Source]) ->
     tokenizer = load_tokenizer(args.tokenizer)
     journal = Journal(args.output)
     settings = settings_of(plan, sources, ReadOptions(), tokenizer_identity(args, tokenizer))
+    complete = f"{args.output} is complete already, with these settings"
     if journal.is_complete(settings):
         journal.close()
-        say(f"{args.output} is complete already, with these settings")
+        say(complete)
         return
     converter = Converter(journal, plan, sources, tokenizer)
     converter.check()
     try:
-        journal.begin(settings)
+        if not journal.begin(settings):
+            say(complete)
+            return
         manifest, tokens, seconds = converter.run()
     except InputError:
         journal.undo()
@@ -300,7 +303,7 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     if args.input:
         return find_sources(args.input)
     dataset = DatasetName(args.dataset, args.dataset_config, args.split)
-    return [Source(args.dataset, "dataset", dataset=dataset)]
+    return [Source(dataset.shown, "dataset", dataset=dataset)]
 
 
 def tokenizer_identity(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:

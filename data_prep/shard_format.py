@@ -5,8 +5,8 @@ more than 65,535 tokens), stored contiguously, so that rows are read by a memory
 dataset's place in the file. Layouts are written and read only here.
 """
 
+import json
 import mmap
-import os
 import re
 from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from data_prep.typed_json import build
 from potstill.console import progress
 from potstill.errors import InputError
 from potstill.files import read_sealed_json, sha256_of, write_sealed_json
+from potstill.text import UNSPEAKABLE
 
 FORMAT_VERSION = 2
 DATASET = "input_ids"
@@ -29,8 +30,7 @@ TOKENIZER_FOLDER = "tokenizer"
 TRAIN, VALIDATION = "train", "validation"
 MOST_ROWS = 2**48
 MOST_TOKENS = 2**20  # a row: far above the positions of any encoder
-# No path, no control character, no half of a surrogate pair.
-_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,255}")
+_PLAIN_NAME = re.compile(rf"(?!\.{{1,2}}$)[^/\\{UNSPEAKABLE}]{{1,255}}")  # no path
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         InputError: missing, not as it was written or malformed; another format version; a file
-            name that leaves the folder.
+            name that is a path. A file may be a link, as in caches: its bytes are compared.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -117,21 +117,51 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is no finished folder of data_prep/shard.py"
         )
     try:
-        fields = read_sealed_json(path)
-        version = fields.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"it has format version {version!r}, not {FORMAT_VERSION}")
+        fields = read_versioned(path)
         manifest: Manifest = build(Manifest, fields, "the manifest")
-        _check_files(Path(folder), manifest)
+        _check_files(manifest)
         _check_values(manifest)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged, malformed or of an older version ({error}); copy the folder "
-            "again, or shard the corpus again"
+            f"{path} is damaged or malformed ({error}); copy it again, or shard the corpus again "
+            "into another folder"
         ) from error
     return manifest
+
+
+def read_versioned(path: Path) -> dict[str, Any]:
+    """Read a sealed file that tells its `format_version`.
+
+    Raises:
+        InputError: another Potstill wrote it, which is no damage.
+        OSError: it cannot be read.
+        ValueError: it is not as it was written.
+    """
+    try:
+        fields = read_sealed_json(path)
+    except ValueError:
+        fields = _of_version_1(path)
+        if not fields:
+            raise
+    version = fields.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} is of format version {version}, and this Potstill reads {FORMAT_VERSION}; "
+            "that is no damage: keep the folder for the Potstill that wrote it, and shard the "
+            "corpus again into another folder"
+        )
+    return fields
+
+
+def _of_version_1(path: Path) -> dict[str, Any]:
+    """The fields of a file from before there were checksums; none if it is no such file."""
+    try:
+        fields = json.loads(path.read_bytes())
+        return fields if fields["format_version"] == 1 and "checksum" not in fields else {}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
 
 
 def _check_values(manifest: Manifest) -> None:
@@ -162,8 +192,8 @@ def _check_values(manifest: Manifest) -> None:
         build(str, source.get("name"), "name of a source")
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Raises ValueError for a file that is not the folder's own, or not described as it must be."""
+def _check_files(manifest: Manifest) -> None:
+    """Raises ValueError for a name that is a path, or a file not described as it must be."""
     names: set[str] = set()
     tokenizer = f"{TOKENIZER_FOLDER}/"
     lists = {
@@ -173,8 +203,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for field, (inside, files) in lists.items():
         for number, file in enumerate(files):
             place, plain = f"{field}[{number}]", file.name.removeprefix(inside)
-            leaves = not file.name.startswith(inside) or not _PLAIN_NAME.fullmatch(plain)
-            if leaves or _links_outside(folder, folder / file.name):
+            if not file.name.startswith(inside) or not _PLAIN_NAME.fullmatch(plain):
                 raise ValueError(f"{place}.name, {file.name!r}, leads outside the folder")
             if not re.fullmatch("[0-9a-f]{64}", file.sha256):
                 raise ValueError(f"{place}.sha256 is {file.sha256[:70]!r}")
@@ -185,24 +214,18 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             names.add(file.name)
 
 
-def _links_outside(folder: Path, path: Path) -> bool:
-    links = path.is_symlink() or (path.parent != folder and path.parent.is_symlink())
-    inside = Path(os.path.realpath(folder))  # unlike `resolve`, it takes circles of links
-    return links and inside not in Path(os.path.realpath(path)).parents
-
-
 def damage(folder: Path, file: ShardFile) -> str | None:
     """What is wrong with a file by its checksum, for a message; None where nothing is."""
-    path = Path(folder) / file.name
+    path, mended = Path(folder) / file.name, "copy it again, or shard again into another folder"
     try:
         found = sha256_of(path)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror or error}); copy it again, or shard again"
+        return f"{path} cannot be read ({error.strerror or error}); {mended}"
     if found == file.sha256:
         return None
     return (
         f"{path} is corrupted: its SHA-256 is {found[:12]}…, the manifest has "
-        f"{file.sha256[:12]}…; delete the folder and shard again, or copy it again"
+        f"{file.sha256[:12]}…; {mended}"
     )
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from potstill.errors import InputError
 from potstill.files import whole_folder, write_json
+from potstill.text import means_a_folder
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LARGEST_VOCABULARY = 10_000_000
@@ -23,14 +24,14 @@ EncoderSettings = tuple[str, dict[str, int]]  # tokenizer.json, forbidden ids by
 def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Any:
     """A Hugging Face *fast* tokenizer by hub name or folder; never runs the folder's own code.
 
+    A `Path` is always a folder, of a `str` the form decides (`potstill.text.means_a_folder`).
     `revision` is a branch, tag or commit on the hub; None is its main branch.
 
     Raises:
         InputError: not found, no fast version, nothing in it but special tokens, or without those
             that rows need.
     """
-    is_path = str(name_or_dir).startswith(("/", ".")) or str(name_or_dir).count("/") > 1
-    if is_path and not Path(name_or_dir).is_dir():
+    if means_a_folder(name_or_dir) and not Path(name_or_dir).is_dir():
         raise InputError(
             f"the tokenizer folder {name_or_dir!s} does not exist; give one, or a name"
         )

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from data_prep.tokenization import load_tokenizer
 from finetune.model_checks import (
     check_a_row,
-    check_memory,
     check_positions,
+    check_saving,
     check_vocabulary,
     check_weights,
     fresh_parameters,
@@ -30,10 +30,10 @@ from finetune.model_checks import (
 from finetune.tasks import Rows
 from potstill.errors import InputError
 from potstill.files import sha256_of, whole_folder
-from pretrain.model_folder import check_model_folder
+from pretrain.model_folder import check_model_folder, check_size
 from pretrain.models import UNTRAINED
 
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model"}
+FINGERPRINTED = {".json", ".safetensors", ".txt", ".model"}  # what is read; never a pickle
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def _config(folder: Path) -> Any:
 
 def fingerprint(folder: Path) -> str:
     """One SHA-256 over the names and bytes of the model's files."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
+    named = sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
+    files = [path for path in named if path.is_file()]
     lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -116,7 +117,7 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
             `max_length`, or it cannot compute a row, or be saved.
     """
     config = _config(folder)
-    check_memory(folder, config)
+    check_size(folder, config, "--model")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(folder, tokenizer, config)
     transformers.set_seed(seed)
@@ -141,6 +142,7 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
     fresh = fresh_parameters(folder, model, loading["missing_keys"])
     check_weights(folder, model, loading["unexpected_keys"])
     check_a_row(folder, model, tokenizer, max_length)
+    check_saving(folder, model, tokenizer)
     return Classifier(model, tokenizer, fresh)
 
 

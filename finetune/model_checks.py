@@ -1,6 +1,5 @@
 """Whether a folder's files make a model that can be fine-tuned: each check raises an InputError."""
 
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,29 +8,23 @@ import torch
 
 from data_prep.tokenization import vocabulary_size
 from potstill.errors import InputError
-from pretrain.model_folder import check_size
+from pretrain.model_folder import check_layers
 
-OF_A_LAYER = re.compile(r"\.layers?\.\d+\.")
 LONGEST_PROBE = 8
 
 
-def check_memory(folder: Path, config: Any) -> None:
-    """Refuse a config that is much larger than the weights beside it, before it is built."""
-    try:
-        check_size(folder, config, "--model")
-    except InputError:
-        raise
-    except Exception as error:  # a wrong value raises whatever its first use happens to raise
-        raise unusable(folder, "config.json cannot be used", error) from error
-
-
 def check_vocabulary(folder: Path, tokenizer: Any, config: Any) -> None:
-    """Refuse a tokenizer with ids that the model does not embed."""
-    words = vocabulary_size(tokenizer)
-    if words > config.vocab_size:
+    """Refuse a model of no text, and a tokenizer with ids that the model does not embed."""
+    words, embedded = vocabulary_size(tokenizer), getattr(config, "vocab_size", None)
+    if type(embedded) is not int:
+        raise InputError(
+            f"--model {folder}: model type {config.model_type!r} with vocab_size {embedded!r} "
+            "embeds no words; give an encoder of text"
+        )
+    if words > embedded:
         raise InputError(
             f"--model {folder}: the tokenizer has {words} words, the model "
-            f"embeds {config.vocab_size}; copy the tokenizer that it was trained with"
+            f"embeds {embedded}; copy the tokenizer that it was trained with"
         )
 
 
@@ -49,12 +42,7 @@ def fresh_parameters(folder: Path, model: Any, missing: set[str]) -> tuple[str, 
 
 def check_weights(folder: Path, model: Any, unexpected: set[str]) -> None:
     """Refuse weights that are not finite, or of layers that the config does not have."""
-    beyond = sorted(name for name in unexpected if OF_A_LAYER.search(name))
-    if beyond:
-        raise InputError(
-            f"--model {folder}: {len(beyond)} weights belong to layers that config.json does not "
-            f"have, {beyond[0]} first; save or copy the model again"
-        )
+    check_layers(unexpected, f"--model {folder}")
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise InputError(
@@ -99,16 +87,29 @@ def check_a_row(folder: Path, model: Any, tokenizer: Any, max_length: int) -> No
         )
         with torch.random.fork_rng(), torch.no_grad():
             finite = model(**row).logits.isfinite().all()
-        with tempfile.TemporaryDirectory() as beside:  # nor must saving fail after the training
-            tokenizer.save_pretrained(beside)
-            model.config.save_pretrained(beside)
         model.eval()  # as it was loaded
-    except Exception as error:  # as in `check_memory`
-        raise unusable(folder, "cannot compute a row and be saved again", error) from error
+    except Exception as error:  # a wrong value raises whatever its first use happens to raise
+        raise unusable(folder, "cannot compute a row", error) from error
     if not finite:
         raise InputError(
             f"--model {folder}: its outputs are not finite; save or copy the model again"
         )
+
+
+def check_saving(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Save config and tokenizer once: it must not fail only after the training."""
+    try:
+        with tempfile.TemporaryDirectory() as beside:
+            tokenizer.save_pretrained(beside)
+            model.config.save_pretrained(beside)
+    except Exception as error:  # as in `check_a_row`
+        # the tokenizers library raises a bare Exception for the system's errors too
+        if isinstance(error, OSError) or "(os error " in str(error):
+            raise InputError(
+                f"the folder for temporary files cannot be written ({error}); make room there, or "
+                "set TMPDIR to another folder"
+            ) from error
+        raise unusable(folder, "cannot be saved again", error) from error
 
 
 def tokenizing(model: Any, max_length: int) -> dict[str, Any]:

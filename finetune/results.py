@@ -4,12 +4,11 @@ OUTPUT/config.json     settings, and the fingerprints of model and data
 OUTPUT/log.jsonl       what the Trainer logged, a JSON object a line
 OUTPUT/model/          the fine-tuned model and its tokenizer
 OUTPUT/result.json     scores; written last, so that its presence says that all is there
+OUTPUT/.lock           held by the process that runs there
 """
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from potstill.errors import InputError, TrainingError
-from potstill.files import write_json, write_text
+from potstill.files import is_leftover, remove_leftovers, write_json, write_text
+from potstill.lock import Lock, hold
+from potstill.secrets import redacted
 
 PLACES = ("model", "data", "train_file", "validation_file")  # may move; the fingerprints may not
-# What potstill/files.py writes beside, and what stays of it where a process was killed.
-LEFTOVER = re.compile(r"\.(model|config\.json|log\.jsonl|result\.json)\.\d+\.(part|old)")
+OWN = ("model", "config.json", "log.jsonl", "result.json")
+LOCK = ".lock"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -38,14 +39,14 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Write log.jsonl, then result.json: with it the run counts as finished.
+    """Write log.jsonl, then result.json without secrets: with it the run counts as finished.
 
     Raises:
         TrainingError: the disk is full, or the folder cannot be written.
     """
     with writing(folder):
         write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-        write_json(folder / "result.json", result)
+        write_json(folder / "result.json", redacted(result))
 
 
 @contextmanager
@@ -97,38 +98,43 @@ def _exists(place: Path) -> bool:
     return True
 
 
-def claim(folder: Path, config: Mapping[str, Any]) -> None:
+def claim(folder: Path, config: Mapping[str, Any]) -> Lock:
     """Make `folder` this run's, or find that it already is; clears what a killed run left.
 
+    Returns:
+        The lock on the folder, to be kept as long as the run writes there.
+
     Raises:
-        InputError: as `check_output`, or it holds another run: the differing settings are named.
+        InputError: as `check_output`, or it holds another run (the differing settings are named),
+            or another process runs there.
         TrainingError: it cannot be written.
     """
     check_output(folder)
-    path = folder / "config.json"
-    if path.exists():
-        _same_run(folder, _read_json(path), json.loads(json.dumps(config)))
-    else:
+    here = redacted(json.loads(json.dumps(config)))
+    _is_this_run(folder, here)  # another run's folder does not even get a lock
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = hold(
+        folder / LOCK,
+        f"--output {folder}: another process fine-tunes there; wait for it, or give a new folder",
+    )
+    if not _is_this_run(folder, here):
         with writing(folder):
-            write_json(path, config)
-    _remove_leftovers(folder)
+            write_json(folder / "config.json", here)
+    remove_leftovers(folder, *OWN)
+    return lock
 
 
 def _only_leftovers(folder: Path) -> bool:
-    return all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
+    return all(path.name == LOCK or is_leftover(path, *OWN) for path in folder.iterdir())
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for path in list(folder.iterdir()):
-        if not LEFTOVER.fullmatch(path.name):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def _is_this_run(folder: Path, here: dict[str, Any]) -> bool:
+    """Whether its config.json is `here`; False without one. Raises an InputError for another."""
+    path = folder / "config.json"
+    if not path.exists():
+        return False
+    there = redacted(_read_json(path))
     names = [name for name in (*here, *(set(there) - set(here))) if name not in PLACES]
     differing = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -139,6 +145,7 @@ def _same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None
         raise InputError(
             f"--output {folder}: another run's folder ({'; '.join(differing)}); give a new folder"
         )
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from finetune.training import (
     scores_by_epoch,
 )
 from potstill.console import program, say
-from potstill.secrets import redacted
+from potstill.signals import Signalled, Stopped, raised_signals
 from pretrain.environment import describe_environment
 
 Labels = Mapping[str, Sequence[int] | Sequence[float]]
@@ -43,9 +43,19 @@ Labels = Mapping[str, Sequence[int] | Sequence[float]]
 @program
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune as the command line says; `arguments` stands in for it."""
-    run, data_settings, settings = parse(arguments)
+    try:
+        with raised_signals():
+            run(arguments)
+    except Signalled as signalled:
+        kept = "no result is kept: run the same command again, and it starts anew"
+        raise Stopped(signalled.number, kept) from None
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Read and check all, claim the folder, train."""
+    where, data_settings, settings = parse(arguments)
     use_one_device()
-    model_folder, output = Path(run.model), Path(run.output)
+    model_folder, output = Path(where.model), Path(where.output)
     results.check_output(output)
 
     data = load(data_settings)
@@ -54,37 +64,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classifier = load_classifier(model_folder, order, data_settings.max_length, settings.seed)
     classifier.check_epochs(settings.epochs)
     origin = potstill_facts(model_folder)
-    config = describe(run, data_settings, settings, data)
-    results.claim(output, config)
-    if results.read_result(output) is not None:
-        say(f"finished already: {output / 'result.json'}")
-        return
+    config = describe(where, data_settings, settings, data)
+    with results.claim(output, config):
+        if results.read_result(output) is not None:
+            say(f"finished already: {output / 'result.json'}")
+            return
+        announce(classifier, data, order)
+        encoded = {
+            split: encode(classifier, rows, labels[split], data_settings.max_length)
+            for split, rows in data.splits.items()
+        }
+        trainer = make_trainer(classifier, encoded, make_scorer(data, order), settings, output)
+        seconds = fine_tune(trainer, settings.epochs)
+        if where.save_model:
+            with results.writing(output):
+                save_classifier(classifier, output / "model")
 
-    announce(classifier, data, order)
-    encoded = {
-        split: encode(classifier, rows, labels[split], data_settings.max_length)
-        for split, rows in data.splits.items()
-    }
-    trainer = make_trainer(classifier, encoded, make_scorer(data, order), settings, output)
-    seconds = fine_tune(trainer, settings.epochs)
-    if run.save_model:
-        with results.writing(output):
-            save_classifier(classifier, output / "model")
-
-    result = {
-        "model": run.model,
-        "task": data.task.name,
-        "settings": config,
-        "potstill": redacted(origin),
-        **facts(classifier, data, order),
-        **volume(encoded, seconds, settings.epochs, data_settings.max_length),
-        **scores_by_epoch(trainer, data),
-        "majority": baselines(data, labels, order),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "environment": describe_environment(world_size=1),
-    }
-    results.write_result(output, result, trainer.state.log_history)
-    report(result, output)
+        result = {
+            "model": where.model,
+            "task": data.task.name,
+            "settings": config,
+            "potstill": origin,
+            **facts(classifier, data, order),
+            **volume(encoded, seconds, settings.epochs, data_settings.max_length),
+            **scores_by_epoch(trainer, data),
+            "majority": baselines(data, labels, order),
+            "precision": "bf16" if trainer.args.bf16 else "fp32",
+            "environment": describe_environment(world_size=1),
+        }
+        results.write_result(output, result, trainer.state.log_history)
+        report(result, output)
 
 
 def use_one_device() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from potstill.errors import InputError
+from potstill.text import fits_a_line
 
 MOST = 2**31 - 1  # what counts rows and tokens in the libraries
 LARGEST_SEED = 2**32 - 1  # numpy's
@@ -109,9 +110,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunSettings, DataSettings, T
         return_remaining_strings=True,
     )
     for text in (run.model, run.output, data.data, data.train_file, data.validation_file):
-        if text is not None and not text.isprintable():
+        if text is not None and not fits_a_line(text):
             raise InputError(
-                f"{text!r}: a path with a line break or bytes that are no UTF-8; rename it"
+                f"{text!r}: a path with a line break, another control character or bytes that are "
+                "no UTF-8; rename it"
             )
     if unknown:
         raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")

@@ -63,7 +63,9 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Dataset:
         raise InputError(
             f"{path}: not a whole Parquet file ({reason}); copy or make it again"
         ) from error
-    return Dataset(pa.table(table, schema=_plain_schema(path, table.schema)))
+    plain = _plain_schema(path, table.schema)
+    # `pa.table` alone would keep the metadata of the file
+    return Dataset(pa.table(table, schema=plain).replace_schema_metadata(plain.metadata))
 
 
 def _plain_schema(path: Path, schema: pa.Schema) -> pa.Schema:
@@ -72,7 +74,7 @@ def _plain_schema(path: Path, schema: pa.Schema) -> pa.Schema:
     Other types of the library, such as images, would open files that the rows name.
     """
     try:
-        features = Features.from_arrow_schema(schema)
+        features = Features.from_arrow_schema(_own_description(schema))
     except Exception as error:  # whatever the library makes of metadata that anybody may write
         raise InputError(
             f"{path}: its schema's description of the columns is damaged "
@@ -87,6 +89,14 @@ def _plain_schema(path: Path, schema: pa.Schema) -> pa.Schema:
     return features.arrow_schema
 
 
+def _own_description(schema: pa.Schema) -> pa.Schema:
+    """The schema with the library's description of its own columns only, not of those left out."""
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = (described.get("info") or {}).get("features") or {}
+    kept = {name: features[name] for name in schema.names if name in features}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": kept}})})
+
+
 def _text(path: Path) -> str:
     """The whole file, decoded at once: a decoder of blocks would count bytes within its block."""
     return path.read_bytes().decode().removeprefix("\N{BYTE ORDER MARK}")
@@ -94,6 +104,7 @@ def _text(path: Path) -> str:
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Dataset:
     found: dict[str, list[Any]] = {}
+    csv.field_size_limit(2**31 - 1)  # its own is 131,072; LONGEST_TEXT is checked with the row
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])

@@ -40,9 +40,9 @@ def progress(items: Iterable[Any] | None = None, **settings: Any) -> "tqdm[Any]"
 def program(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a program's `main`: a `PotstillError` becomes one line on stderr and its exit status.
 
-    So does a disk that is full or cannot be written. Every rank of a launched run fails alike, so
-    only rank 0 prints; the others wait a little, because the launcher ends all ranks as soon as one
-    is gone.
+    So does a disk that is full, or a file that cannot be read. Every rank of a launched run fails
+    alike, so only rank 0 prints; the others wait a little, because the launcher ends all ranks as
+    soon as one is gone.
     """
 
     @functools.wraps(main)
@@ -52,10 +52,12 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
         except PotstillError as error:
             _end(str(error), error.exit_status)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno in NO_ROOM:
+                place = f"{error.filename}: " if error.filename else ""
+                _end(f"{place}{error.strerror}; make room, and run the same command again", 1)
+            if error.filename is None:  # nothing that a person could look at
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            _end(f"{place}{error.strerror}; make room, and run the same command again", 1)
+            _end(f"{error.filename}: {error.strerror}; make it accessible, or give another", 2)
 
     return wrapped
 

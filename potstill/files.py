@@ -108,22 +108,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.replace(path, old)
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _flush_folder(path.parent)
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether a process that was killed left this behind while it wrote something else."""
-    return path.name.startswith(".") and path.suffix in (".part", ".old")
+def is_leftover(path: Path, *names: str) -> bool:
+    """Whether a process that was killed left this behind while it wrote one of `names`, or any."""
+    name = "|".join(map(re.escape, names)) or ".+"
+    return re.fullmatch(rf"\.(?:{name})\.\d+\.(?:part|old)", path.name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove all leftovers at any depth; whoever calls it must hold the folder."""
-    for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove leftovers at any depth; whoever calls it must hold the folder."""
+    for path in [path for path in folder.rglob(".*") if is_leftover(path, *names)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

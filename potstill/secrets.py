@@ -32,16 +32,18 @@ def is_secret_name(name: str) -> bool:
 def redacted(value: Any, name: str = "") -> Any:
     """`value`, JSON-like and any depth, without secrets; `name` is the key that it stands under.
 
-    Under a secret's name all texts are hidden; anywhere else what looks like a secret: known forms
-    of tokens, `user:password@` and `?token=…` in addresses.
+    Under a secret's name all texts and numbers are hidden; anywhere else what looks like a secret:
+    known forms of tokens, `user:password@` and `?token=…` in addresses.
     """
     if isinstance(value, dict):
         return {key: redacted(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(inner, name) for inner in value]
-    if not isinstance(value, str):
+    if value in (None, "") or isinstance(value, bool):
         return value
-    return HIDDEN if value and is_secret_name(name) else _without_secrets(value)
+    if is_secret_name(name):
+        return HIDDEN
+    return _without_secrets(value) if isinstance(value, str) else value
 
 
 def redacted_command(words: Sequence[str]) -> list[str]:

@@ -176,4 +176,4 @@ def zero_stage(config: dict[str, Any]) -> int:
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Whether the optimiser's states stand outside the device: the CPU works on them."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device") in ("cpu", "nvme")
+    return offload.get("device") == "cpu"

@@ -8,29 +8,31 @@ import torch
 from torch import distributed as dist
 
 from potstill.console import is_main_rank
-from potstill.errors import InputError
+from potstill.errors import PotstillError
 from pretrain.meter import Phase, untimed
 
 Result = TypeVar("Result")
 
 
 def from_main_rank(decide: Callable[[], Result]) -> Result:
-    """What `decide` finds on rank 0, on every rank: files may look different from each host.
+    """What `decide` gives on rank 0, on every rank: it alone writes, and it alone looks.
+
+    Files may look different from each host.
 
     Raises:
-        InputError: rank 0's, on every rank.
+        PotstillError, OSError: rank 0's, on every rank.
     """
-    found: list[tuple[Result | None, str | None] | None] = [None]
+    found: list[tuple[Result | None, Exception | None] | None] = [None]
     if is_main_rank():
         try:
             found = [(decide(), None)]
-        except InputError as error:
-            found = [(None, str(error))]
+        except (PotstillError, OSError) as error:
+            found = [(None, error)]
     dist.broadcast_object_list(found, src=0)
     assert found[0] is not None
     result, fault = found[0]
     if fault is not None:
-        raise InputError(fault)
+        raise fault
     return result  # type: ignore[return-value]
 
 

@@ -7,7 +7,7 @@ just starts at a later step.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shard_format import ShardReader
+from potstill.errors import InputError
 from pretrain.masking import Masking
 from pretrain.order import Order
 from pretrain.signals import ignore_in_worker
@@ -212,7 +213,16 @@ def training_batches(
         pin_memory=pin,
         worker_init_fn=ignore_in_worker if workers else None,
     )
-    return itertools.chain.from_iterable(loader)
+    return itertools.chain.from_iterable(_plainly(loader))
+
+
+def _plainly(groups: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """What a loader gives; a worker's error without the worker's traceback around it."""
+    try:
+        yield from groups
+    except InputError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise InputError(last.removeprefix("potstill.errors.InputError: ")) from None
 
 
 def validation_batches(

@@ -16,6 +16,7 @@ state, nor a position in the data, to save besides.
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -35,7 +36,6 @@ from pretrain.engine_state import EngineState
 RECORD = "checkpoint.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 FORMAT = 1
-LAST_CHANCE_SECONDS = 20.0
 _GROUPS = {WEIGHTS: ("weights", "buffers", "frozen"), OPTIMIZER: ("moments",)}
 
 
@@ -88,9 +88,14 @@ def name_of(step: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes checkpoints behind training's back, one after another; rank 0 alone has work."""
+    """Writes checkpoints behind training's back, one after another; rank 0 alone has work.
+
+    Attributes:
+        ended: when the last one stood, on `time.perf_counter`'s clock.
+    """
 
     def __init__(self) -> None:
+        self.ended = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: list[Future[None]] = []
 
@@ -100,29 +105,35 @@ class CheckpointWriter:
         """Start to write `folder`; the tensors must not change any more."""
         tensors = {"weights": state.weights, "buffers": state.buffers, "moments": state.moments}
         whole = {**tensors, "frozen": dict(frozen)}
-        self._under_way.append(self._thread.submit(_write, folder, whole, record))
+        self._under_way.append(self._thread.submit(self._write, folder, whole, record))
+
+    def _write(self, *what: Any) -> None:
+        _write(*what)
+        self.ended = time.perf_counter()
 
     def is_done(self) -> bool:
         """Whether nothing is being written; also if writing failed."""
         return all(write.done() for write in self._under_way)
 
     def has_failed(self) -> bool:
-        """Whether a write has ended with an error, which `settle` raises."""
+        """Whether a write has ended with an error, which `settle` tells."""
         return any(write.done() and write.exception() for write in self._under_way)
 
-    def wait_briefly(self) -> None:
+    def wait_briefly(self, seconds: float) -> None:
         """Give what is being written a last chance, when the process is about to be ended."""
-        wait(self._under_way, LAST_CHANCE_SECONDS)
+        wait(self._under_way, seconds)
 
-    def settle(self) -> None:
-        """Wait for what is being written.
+    def settle(self) -> str | None:
+        """Wait for what is being written; why it cannot be, None if it stands.
 
-        Raises:
-            OSError: it could not be written; earlier checkpoints are as they were.
+        Earlier checkpoints are as they were.
         """
         writes, self._under_way = self._under_way, []
-        for write in writes:
-            write.result()
+        for fault in (write.exception() for write in writes):
+            if fault is not None:
+                reason = fault.strerror if isinstance(fault, OSError) else None
+                return f"the checkpoint cannot be written ({reason or repr(fault)})"
+        return None
 
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: Record) -> None:
@@ -169,7 +180,7 @@ def remove_checkpoints(old: Sequence[Path]) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """A run's checkpoints, oldest first, whether damaged or not."""
-    return sorted(mark.parent for mark in folder.glob(f"step-*/{RECORD}"))
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def read_record(checkpoint: Path) -> Record:

@@ -15,6 +15,7 @@ class Clock:
     def __init__(self, seconds: float, device: torch.device, meter: Meter) -> None:
         self._start = time.perf_counter() - seconds
         self._device, self._meter = device, meter
+        self._is_paused = False
 
     def seconds(self) -> float:
         """Seconds of training so far, on this rank."""
@@ -22,13 +23,20 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time does not count."""
+        """A block whose time does not count; one inside another counts, or not, with it."""
+        if self._is_paused:
+            yield
+            return
+        self._is_paused = True
         self._settle()
         began = time.perf_counter()
-        with self._meter.paused():
-            yield
-            self._settle()
-        self._start += time.perf_counter() - began
+        try:
+            with self._meter.paused():
+                yield
+                self._settle()
+        finally:
+            self._is_paused = False
+            self._start += time.perf_counter() - began
 
     def _settle(self) -> None:
         """Wait for what a GPU still has in its queue: it belongs to the time before."""

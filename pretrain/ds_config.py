@@ -84,7 +84,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing or malformed, or a section that belongs to the run's own flags.
     """
-    config = read_object(path, "--ds_config")
+    written = read_object(path, "--ds_config")
+    config = {name: value for name, value in written.items() if value is not None}  # null: absent
     automatic = list(_automatic(config))
     if automatic:
         raise InputError(
@@ -94,6 +95,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for name, value in config.items():
         _check_entry(name, value, f"--ds_config {path}")
     _check_optimizer(config.get("optimizer"), f"--ds_config {path}")
+    _check_offload(config.get("zero_optimization", {}), f"--ds_config {path}")
     return config
 
 
@@ -145,6 +147,17 @@ def _check_optimizer(section: dict[str, Any] | None, blamed: str) -> None:
     right = isinstance(betas, list) and [fits(b, float) and 0 <= b < 1 for b in betas]
     if right != [True, True]:
         raise InputError(f"{blamed}: optimizer.params.betas {betas!r} are not two shares below 1")
+
+
+def _check_offload(section: dict[str, Any], blamed: str) -> None:
+    """Refuse states on a disk: what a checkpoint gathers must be in memory."""
+    for name in ("offload_optimizer", "offload_param"):
+        offload = section.get(name)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            raise InputError(
+                f'{blamed}: zero_optimization.{name}.device "nvme" is not supported: checkpoints '
+                'cannot read states that are swapped out to a disk; write "cpu"'
+            )
 
 
 def _automatic(section: dict[str, Any], prefix: str = "") -> Iterator[str]:

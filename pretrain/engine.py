@@ -3,9 +3,8 @@
 import atexit
 import logging
 import os
-from collections.abc import Set
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from potstill.console import is_main_rank, say
+from potstill.console import say
 from potstill.errors import InputError
 from potstill.files import remove_leftovers, write_json
-from potstill.lock import Lock
 from potstill.secrets import redacted
 from pretrain.acceleration import offloads_optimizer, use_apex_layer_norm, zero_stage
 from pretrain.agreement import from_main_rank
@@ -34,7 +32,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import Config, ScheduleConfig
 from pretrain.encoder import encode
-from pretrain.engine_state import EngineState, write_state
+from pretrain.engine_state import EngineState, holds, write_state
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
 from pretrain.features import Feature
@@ -48,7 +46,7 @@ from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.peak import Peak, find_peak
 from pretrain.plan import Plan, StudentPlan, teacher_flops
 from pretrain.run_data import RunData
-from pretrain.run_folder import hold_folder, later_checkpoints
+from pretrain.run_folder import CHECKPOINTS, hold_folder, later_checkpoints
 from pretrain.schedules import LinearSchedule
 from pretrain.signals import Signals
 from pretrain.step import (
@@ -69,7 +67,6 @@ REFUSALS = (
 )
 """What DeepSpeed raises at settings that do not go together."""
 
-_held: Lock | None = None  # of this process: a lock ends when its file is closed
 _ops: OpsFolder | None = None
 
 
@@ -131,12 +128,14 @@ def build_run(
     attention = choose_attention(plan.config.acceleration.attention, device)
     probe = _teacher_probe(plan, data, attention)
     if not plan.config.run.dry_run:
-        from_main_rank(partial(_take_folder, plan))
+        from_main_rank(lambda: hold_folder(Path(str(plan.config.run.output))))
     peak = find_peak(device, plan.dtype, _planned_flops(plan))
     _record_run(plan, peak)
     learners = [_build_learner(plan, own, data, attention, probe, device) for own in plan.students]
     starts = [learner.progress for learner in learners]
-    resumed = any(own.checkpoint for own in plan.students)
+    folders = [own.member.folder / CHECKPOINTS for own in plan.students]
+    pairs = zip(plan.students, folders, strict=True)
+    goes_on = all(own.checkpoint and own.checkpoint.parent == place for own, place in pairs)
     run = Run(
         learners=learners,
         stopped=dict(plan.stopped),
@@ -150,7 +149,8 @@ def build_run(
         settings=plan.config.run,
         schedule=_length(plan.config),
         save=not plan.config.run.dry_run and plan.config.schedule.max_steps != 0,
-        resumed=resumed,
+        goes_on=goes_on,
+        begin=lambda: _begin(plan, learners),
         tokens_per_step=plan.tokens_per_step,
         peak_flops=peak.flops_per_second if peak else None,
         device=device,
@@ -162,12 +162,6 @@ def build_run(
         _ops.release()
     validated = min(start.validated for start in starts)
     return run, replace(starts[0], flops=0.0, validated=validated)
-
-
-def _take_folder(plan: Plan) -> None:
-    """Hold the run's folder until this process ends, however it does."""
-    global _held
-    _held = hold_folder(Path(str(plan.config.run.output)))
 
 
 def _build_learner(
@@ -198,7 +192,8 @@ def _build_learner(
         engine = _start_engine(plan, own, module, device)
         if state is not None:
             write_state(engine, state, start.step)
-    metrics = _open_metrics(own, start, plan.left_out)
+            _check_read_back(own, engine, state)
+    metrics = Metrics(None if config.run.dry_run else own.member.folder / "metrics.jsonl")
 
     def export(target: Path, step: int) -> None:
         facts = _facts(plan, own, target.name, step)
@@ -222,7 +217,7 @@ def _build_learner(
         progress=start,
         probe_rows=data.probe_digest(PROBE_ROWS),
         probe=saved_probe,
-        held_out=from_main_rank(metrics.last_validation),
+        held_out=from_main_rank(lambda: metrics.last_validation(start.step)),
     )
 
 
@@ -248,6 +243,8 @@ def _read_checkpoint(
     if changed:
         say(f"note: {own.checkpoint} is of a run with another {', '.join(changed)}")
     same_rows = record.probe_rows == data.probe_digest(PROBE_ROWS)
+    if not same_rows or changed:
+        say("note: the loss on the probe is not compared: its rows or the settings differ")
     return record.progress, state, record.probe if same_rows and not changed else None
 
 
@@ -352,24 +349,24 @@ def _planned_flops(plan: Plan) -> float | None:
 
 
 def _record_run(plan: Plan, peak: Peak | None) -> None:
-    """Write what the run was told and where it runs, before DeepSpeed writes anything there.
+    """Write what the run was told and where it runs."""
+    if plan.config.run.dry_run:
+        return
+    environment = describe_environment(dist.get_world_size())
+    environment["peak"] = peak._asdict() if peak else None
 
-    Checkpoints behind the step that all students go on from are removed: they are made again.
-    """
-    if is_main_rank() and not plan.config.run.dry_run:
+    def write() -> None:
         folder = Path(str(plan.config.run.output))
         remove_leftovers(folder)
         if plan.config.run.students is not None:
             write_json(folder / "config.json", _record(plan, plan.config, plan.identity))
-        environment = describe_environment(dist.get_world_size())
-        environment["peak"] = peak._asdict() if peak else None
         for own in plan.students:
             place = own.member.folder
             write_json(place / "config.json", _record(plan, own.config, own.identity))
             write_json(place / "ds_config.json", redacted(own.ds_config))
             write_json(place / "environment.json", environment)
-            remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
-    dist.barrier()
+
+    from_main_rank(write)
 
 
 def _record(plan: Plan, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
@@ -378,18 +375,35 @@ def _record(plan: Plan, config: Config, identity: dict[str, Any]) -> dict[str, A
     return redacted(record)
 
 
-def _open_metrics(own: StudentPlan, start: Progress, left_out: Set[str]) -> Metrics:
-    """A student's metrics, without lines that a resumed run will write again."""
-    if own.config.run.dry_run:
-        return Metrics(None)
-    metrics = Metrics(own.member.folder / "metrics.jsonl")
-    metrics.cut_behind(start.step if own.checkpoint else -1)
-    metrics.monitor = Monitors(own.ds_config, start.step, metrics.monitor_failed)
-    if own.checkpoint:
-        metrics.write("event", start.step, event="resume", checkpoint=own.checkpoint.name)
-    for name in sorted(left_out):
-        metrics.write("event", start.step, event="bad shard", file=name)
-    return metrics
+def _begin(plan: Plan, learners: Sequence[Learner]) -> None:
+    """Forget what lies behind the checkpoints that were loaded, now that they proved right."""
+
+    def forget() -> None:
+        for own, learner in zip(plan.students, learners, strict=True):
+            remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
+            learner.metrics.cut_behind(learner.progress.step if own.checkpoint else -1)
+
+    if plan.config.run.dry_run:
+        return
+    from_main_rank(forget)
+    for own, learner in zip(plan.students, learners, strict=True):
+        step, metrics = learner.progress.step, learner.metrics
+        metrics.monitor = Monitors(own.ds_config, step, metrics.monitor_failed)
+        if own.checkpoint:
+            metrics.write("event", step, event="resume", checkpoint=own.checkpoint.name)
+        for name in sorted(plan.left_out):
+            metrics.write("event", step, event="bad shard", file=name)
+
+
+def _check_read_back(own: StudentPlan, engine: Any, state: EngineState) -> None:
+    """Refuse an engine that does not have, bit by bit, the weights that it was given."""
+    right = holds(engine, state)
+
+    def refuse() -> None:
+        if not right:
+            raise InputError(f"{own.checkpoint}: DeepSpeed did not take its weights over")
+
+    from_main_rank(refuse)
 
 
 def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]:

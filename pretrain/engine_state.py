@@ -23,6 +23,10 @@ SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's loss scalers know, under their own names."""
 
 
+GROUP_STEP = "group step"
+"""The steps that some optimisers count once for all their parameters."""
+
+
 class Piece(NamedTuple):
     """This rank's part of one parameter's master weights.
 
@@ -109,6 +113,12 @@ def write_state(engine: Any, state: EngineState, step: int) -> None:
     engine.skipped_steps, engine.global_steps = state.skipped, step
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.global_samples = step * engine.train_batch_size()
+
+
+def holds(engine: Any, state: EngineState) -> bool:
+    """Whether the engine has these very weights, bit by bit; all ranks call it, rank 0 knows."""
+    weights = whole_weights(engine)
+    return all(weight.equal(state.weights[name]) for name, weight in weights.items())
 
 
 def base_optimizer(engine: Any) -> Any:
@@ -265,33 +275,32 @@ def _numbers(engine: Any) -> dict[str, float]:
                     "cannot hold; choose AdamW in the ds_config"
                 )
     steps = [group["step"] for group in optimizer.param_groups if "step" in group]
-    return {**found, "group step": float(max(steps))} if steps else found
+    return {**found, GROUP_STEP: float(max(steps))} if steps else found
 
 
 def _prepare_states(engine: Any, state: EngineState) -> None:
     """Make the states that a fresh optimiser only makes at its first update."""
     optimizer = base_optimizer(engine)
     keys = {full.partition("/")[0] for full in state.moments}
-    own = type(optimizer).__module__.startswith("torch.")  # torch counts in tensors
+    settings = optimizer.param_groups[0]
+    counts_there = settings.get("fused") or settings.get("capturable")
     for owner in _owners(engine):
         states = optimizer.state[owner]
-        for key in keys:
-            if key not in states:
-                states[key] = torch.zeros_like(owner, requires_grad=False)
+        for key in keys - states.keys():
+            states[key] = torch.zeros_like(owner, requires_grad=False)
         for key, value in state.numbers.items():
-            if key == "group step":
+            if key == GROUP_STEP:
                 continue
             if isinstance(states.get(key), Tensor):
                 states[key].fill_(value)
+            elif type(optimizer).__module__.startswith("torch."):  # torch counts in tensors
+                place = owner.device if counts_there else torch.device("cpu")
+                states[key] = torch.tensor(value, dtype=torch.float32, device=place)
             else:
-                states[key] = (
-                    torch.tensor(value, dtype=torch.float32, device=owner.device)
-                    if own
-                    else int(value)
-                )
+                states[key] = int(value)
     for group in optimizer.param_groups:
-        if "group step" in state.numbers:
-            group["step"] = int(state.numbers["group step"])
+        if GROUP_STEP in state.numbers:
+            group["step"] = int(state.numbers[GROUP_STEP])
 
 
 def _check_fits(engine: Any, state: EngineState) -> None:

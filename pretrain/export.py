@@ -15,6 +15,7 @@ from data_prep.shard_format import TOKENIZER_FOLDER
 from potstill.console import is_main_rank
 from potstill.errors import TrainingError
 from potstill.files import whole_folder, write_json, write_text
+from pretrain.agreement import from_main_rank
 from pretrain.attention import Attention
 from pretrain.batches import Batch
 from pretrain.checkpoint import disk_errors
@@ -22,7 +23,7 @@ from pretrain.encoder import encode
 from pretrain.engine_state import whole_weights
 from pretrain.features import Feature
 from pretrain.models import UNTRAINED
-from pretrain.step import Distillation
+from pretrain.step import Distillation, evaluation_mode
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
 """Between logits before and after an export, by the trainer's precision; seen is 0 in float32."""
@@ -49,7 +50,7 @@ def export_student(
     shards: Path,
     folder: Path,
     probe: Batch,
-) -> float | None:
+) -> float:
     """Write the student to `folder`, atomically, open it again and compare logits.
 
     Args:
@@ -58,34 +59,40 @@ def export_student(
 
     Returns:
         The largest absolute difference between the logits of the trainer's student and of the
-        reopened folder in the trainer's precision; None on ranks other than 0.
+        reopened folder in the trainer's precision.
 
     Raises:
-        TrainingError: they differ by more than rounding explains.
+        TrainingError: they differ by more than rounding explains; on every rank.
+        OSError: rank 0 cannot write; on every rank.
     """
     module: Distillation = engine.module
     probe = probe.to(engine.device)
-    was_training = [m for m in module.modules() if m.training]
-    module.eval()
-    ours = module.logits(probe)
-    for part in was_training:
-        part.training = True
+    with evaluation_mode(module):
+        ours = module.logits(probe)
     weights = full_weights(engine, frozen)
-    if not is_main_rank():
-        return None
-    with whole_folder(folder) as beside:
-        _write_model(module.student, weights, untrained, beside)
-        shutil.copytree(shards / TOKENIZER_FOLDER, beside, dirs_exist_ok=True)
-        write_text(beside / "README.md", _card_text(facts, untrained))
-        write_json(beside / "potstill.json", {**facts, "untrained": untrained})
-    difference = _difference(folder, ours, probe, module.attention)
-    largest = LARGEST_DIFFERENCE[ours.dtype]
-    if not difference <= largest:
-        raise TrainingError(
-            f"{folder}: the exported student's logits differ from the trainer's by {difference}, "
-            f"more than {largest}; do not use it. The checkpoints are unharmed"
-        )
-    return difference
+
+    def write() -> float:
+        with whole_folder(folder) as beside:
+            _write_model(module.student, weights, untrained, beside)
+            _copy_tokenizer(shards, beside)
+            write_text(beside / "README.md", _card_text(facts, untrained))
+            write_json(beside / "potstill.json", {**facts, "untrained": untrained})
+        difference = _difference(folder, ours, probe, module.attention)
+        largest = LARGEST_DIFFERENCE[ours.dtype]
+        if not difference <= largest:
+            raise TrainingError(
+                f"{folder}: the exported student's logits differ from the trainer's by "
+                f"{difference}, more than {largest}; do not use it. The checkpoints are unharmed"
+            )
+        return difference
+
+    return from_main_rank(write)
+
+
+def _copy_tokenizer(shards: Path, folder: Path) -> None:
+    """Its files, not their permissions: shards may be for reading only."""
+    for file in (shards / TOKENIZER_FOLDER).iterdir():
+        shutil.copyfile(file, folder / file.name)
 
 
 def _write_model(

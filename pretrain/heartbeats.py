@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import distributed as dist
 
+from potstill.errors import TrainingError
 from pretrain.launcher import look
 
 BEAT_SECONDS, LINGER_SECONDS = 1.0, 5.0
@@ -21,10 +22,11 @@ _numbers = itertools.count()  # of the runs of this process: each has keys of it
 
 
 class Loss(NamedTuple):
-    """A rank that is gone, and what became of it, for a message."""
+    """A rank that is gone: what became of it, for a message, and what the others end with."""
 
     rank: int
     what: str
+    status: int = TrainingError.exit_status
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ class Heartbeats:
             self._thread.start()
             self._met.wait(self._silence)
 
-    def stop(self, failure: str | None) -> None:
+    def stop(self, failure: str | None, status: int) -> None:
         """Tell the others that this rank leaves: well, or with a failure that they must know of."""
         if failure and self.lost is None:
-            self.lost = Loss(self._own.rank, f"{self._own} {failure}")
+            self.lost = Loss(self._own.rank, f"{self._own} {failure}", status)
         self._leaving.set()
         if self._others:
             self._thread.join(LINGER_SECONDS + BEAT_SECONDS)

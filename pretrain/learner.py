@@ -15,7 +15,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from potstill.console import is_main_rank, say
-from potstill.errors import TrainingError
+from potstill.errors import InputError, TrainingError
+from pretrain.agreement import from_main_rank
 from pretrain.batches import Batch
 from pretrain.checkpoint import (
     CheckpointWriter,
@@ -27,6 +28,7 @@ from pretrain.checkpoint import (
     read_record,
     remove_checkpoints,
     update_progress,
+    verify_checkpoint,
 )
 from pretrain.engine_state import read_state, scale_is_at_floor, write_state
 from pretrain.features import Feature
@@ -277,37 +279,56 @@ class Learner:
 
     def mark_validated(self, now: Progress) -> None:
         """Write into the checkpoint of this very step that only a validation came since."""
-        if is_main_rank():
-            update_progress(self.checkpoints / name_of(now.step), self._own(now))
+        checkpoint, progress = self.checkpoints / name_of(now.step), self._own(now)
+        from_main_rank(lambda: update_progress(checkpoint, progress))
 
     def last_good(self) -> Path | None:
-        """Its newest checkpoint that was saved while updates were taken."""
-        good = [
-            path
-            for path in checkpoints_in(self.checkpoints)
-            if read_record(path).progress.skipped_in_a_row == 0
-        ]
-        return good[-1] if good else None
+        """Its newest whole checkpoint that was saved while updates were taken."""
+        for path in reversed(checkpoints_in(self.checkpoints)):
+            try:
+                if verify_checkpoint(path).progress.skipped_in_a_row == 0:
+                    return path
+            except InputError as error:
+                say(f"note: {error}")
+        return None
 
     def go_back(self, checkpoint: Path) -> Progress:
-        """Take up the state of one of its earlier checkpoints; all ranks call it."""
-        left, progress = self.progress, read_record(checkpoint).progress
-        write_state(self.engine, load_state(checkpoint)[0], progress.step)
-        self.progress = replace(
-            progress, seconds=left.seconds, rolled_back=left.rolled_back + 1, skipped_in_a_row=0
-        )
+        """Take up the state of one of its earlier checkpoints, of which it is written that the run
+        went back to it; later ones go. All ranks call it."""
+        left, record = self.progress, read_record(checkpoint)
+        back = replace(record.progress, rolled_back=left.rolled_back + 1)
+        from_main_rank(lambda: self._forget_behind(checkpoint, back))
+        write_state(self.engine, load_state(checkpoint)[0], back.step)
+        self.progress = replace(back, seconds=left.seconds)
+        self.probe = record.probe
         self._logged, self._result, self._loss = self.progress, None, None
         self._skipped = self._taken = self.engine.skipped_steps
-        self.metrics.cut_behind(progress.step)
         self.metrics.write(
-            "event", progress.step, event="rollback", from_step=left.step, to=checkpoint.name
+            "event",
+            back.step,
+            event="rollback",
+            from_step=left.step,
+            to=checkpoint.name,
+            skipped_steps=left.skipped_in_a_row,
         )
         return self.progress
+
+    def _forget_behind(self, checkpoint: Path, back: Progress) -> None:
+        later = [p for p in checkpoints_in(self.checkpoints) if p.name > checkpoint.name]
+        remove_checkpoints(later)
+        update_progress(checkpoint, back)
+        self.metrics.cut_behind(back.step)
 
     def keep_newest(self, number: int) -> None:
         """Remove all checkpoints but the newest `number`, and the last one that is good."""
         old = checkpoints_in(self.checkpoints)[:-number] if is_main_rank() else []
-        remove_checkpoints([path for path in old if path != self.last_good()])
+        if not old:
+            return
+        try:
+            kept = self.last_good() if self.progress.skipped_in_a_row else None
+            remove_checkpoints([path for path in old if path != kept])
+        except OSError as error:  # untidy, but no reason to stop
+            say(f"note: {error.filename}: an old checkpoint cannot be removed ({error.strerror})")
 
 
 def step_loss(

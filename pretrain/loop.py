@@ -41,7 +41,8 @@ class Run:
         teacher_flops: per token, for the features that it gives.
         schedule: how long the run is.
         save: whether checkpoints and exports are written (not in a dry run, nor a validation).
-        resumed: whether it goes on from a checkpoint.
+        goes_on: whether it goes on from a checkpoint of its own folder.
+        begin: forgets what lies behind the checkpoint, and writes where the run goes on.
         tokens_per_step: of all ranks. peak_flops: of all devices together, if known.
         signals: those that end a run, as this rank sees them.
         writer: of checkpoints. loader_workers: processes that prepare batches.
@@ -59,7 +60,8 @@ class Run:
     settings: RunConfig
     schedule: ScheduleConfig
     save: bool
-    resumed: bool
+    goes_on: bool
+    begin: Callable[[], None]
     tokens_per_step: int
     peak_flops: float | None
     device: torch.device
@@ -104,7 +106,7 @@ class Loop:
         self.meter = Meter(self.run.device, [learner.name for learner in self.run.learners])
         self.clock = Clock(self.now.seconds, self.run.device, self.meter)
         self.agreement = Agreement(self.run.device)
-        place = (self.now.step, self.now.validated) if self.run.resumed else None
+        place = (self.now.step, self.now.validated) if self.run.goes_on else None
         self.saver = Saver(
             self.agreement, self.run.writer, self.run.settings.keep_checkpoints, place
         )
@@ -135,7 +137,9 @@ class Loop:
         """Train to the end of the run, or until no student is left; returns where it ended."""
         begun = self.now.step
         self.check_probe()
-        self._stop_hopeless()  # as an earlier start did
+        self.run.begin()
+        if self.now.validated == self.now.step:
+            self._stop_hopeless()  # as an earlier start did
         with self.meter.running(), self.loader:
             while True:
                 try:
@@ -309,6 +313,7 @@ class Loop:
         say(f"step {self.now.step}: going back to {checkpoint.name}, this once")
         self.now = replace(learner.go_back(checkpoint), flops=0.0)
         self.saver.place = (self.now.step, self.now.validated)
+        self.check_probe()
 
     def _stop(self, learner: Learner, loss: float, reason: str) -> None:
         """Take out a student that learns no more; the others go on. All ranks agree on it."""
@@ -352,6 +357,7 @@ class Loop:
             if not math.isfinite(loss):
                 self._stop(learner, loss, NOT_FINITE)
             elif early is not None and share < 1 and early.applies(share, loss):
+                self.save(hurried=True)
                 self._stop(learner, loss, early.reason(share, loss))
 
     def save(self, hurried: bool = False) -> None:

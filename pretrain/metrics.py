@@ -1,12 +1,13 @@
 """metrics.jsonl: what a run measured, one JSON object a line."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.console import is_main_rank
+from potstill.console import is_main_rank, say
 from potstill.files import write_text
 
 
@@ -28,25 +29,28 @@ class Metrics:
 
     def cut_behind(self, step: int) -> None:
         """Drop the lines of steps after `step`, and torn ones: a resume repeats them."""
-        if self.path is None or not self.path.exists():
+        lines = self._lines()
+        if self.path is None or not lines:
             return
-        kept = []
-        for line in self.path.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
+        lost = sum(_parsed(line).get("kind") == "train" for line in lines)
+        if step < 0 and lost:
+            say(f"note: {self.path} has {lost} lines and no checkpoint: they are made again")
+        kept = [line for line in lines if _parsed(line).get("step", math.inf) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def last_validation(self) -> float | None:
-        """The loss of the last validation in the file, on rank 0."""
-        losses = []
-        if self.path is not None and self.path.exists():
-            for line in self.path.read_text(errors="replace").splitlines():
-                if '"kind": "validation"' in line:
-                    losses.append(float(json.loads(line)["loss"]))
+    def last_validation(self, step: int) -> float | None:
+        """The loss of the last validation up to a step, on rank 0."""
+        losses = [
+            float(entry["loss"])
+            for entry in map(_parsed, self._lines())
+            if entry.get("kind") == "validation" and entry["step"] <= step
+        ]
         return losses[-1] if losses else None
+
+    def _lines(self) -> list[str]:
+        if self.path is None or not self.path.exists():
+            return []
+        return self.path.read_text(errors="replace").splitlines()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line of `kind` train, validation or event, and flush it to the disk."""
@@ -79,3 +83,12 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
         elif isinstance(value, int | float):
             flat.append((prefix + name, float(value)))
     return flat
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of the file; one that a kill has torn is empty."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else {}

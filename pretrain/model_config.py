@@ -35,9 +35,9 @@ def check_model_config(config: Any, blamed: str) -> None:
     # Of a name on the hub nothing has been looked at before; `vars` lacks a property.
     own = {**vars(config), "attn_implementation": config._attn_implementation}
     check_own_parts(own, blamed)
-    positions = getattr(config, "position_embedding_type", "absolute")
+    positions = getattr(config, "position_embedding_type", None)
     check(
-        positions == "absolute",
+        positions in (None, "absolute"),
         f"{blamed}: position_embedding_type {positions!r} is not supported, only 'absolute'",
     )
     decoder = getattr(config, "is_decoder", False)

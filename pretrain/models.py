@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from potstill.errors import InputError
+from potstill.text import means_a_folder
 from pretrain.model_config import check_model_config
-from pretrain.model_folder import check_model_folder
+from pretrain.model_folder import INDEX, check_index, check_layers, check_model_folder, check_size
 from pretrain.options import check
 
 HEADS = {
@@ -100,6 +102,8 @@ def load_config(source: str, flag: str, revision: str | None = None) -> Any:
         )
     check_model_config(config, f"{flag} {source}")
     _check_untrained(config, f"{flag} {source}")
+    if Path(source).is_dir():
+        check_size(Path(source), config, flag)
     return config
 
 
@@ -113,6 +117,8 @@ def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder
         InputError: missing, unreadable or unsupported, or weights of the encoder are missing.
     """
     config = load_config(source, flag, revision)
+    if not Path(source).is_dir():
+        _check_hub_index(source, flag, revision)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports a missing head as if it were a fault
     try:
@@ -139,9 +145,28 @@ def load_encoder(source: str, flag: str, revision: str | None = None) -> Encoder
             f"{flag} {source}: {len(lost)} weights of the encoder are missing, for example "
             f"{min(lost)}; is it a checkpoint of a {config.model_type} model?"
         )
+    check_layers(report["unexpected_keys"], f"{flag} {source}")
     _check_finite(model, f"{flag} {source}")
     trained = not missing and not has_untrained_head(config)
     return Encoder(model, shape_of(config), trained, source)
+
+
+def _check_hub_index(source: str, flag: str, revision: str | None) -> None:
+    """Of weights in pieces on the hub, refuse pieces that are no safetensors files."""
+    try:
+        index = cached_file(
+            source,
+            INDEX,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # then the library cannot get it either
+        )
+    except OSError as error:
+        raise InputError(
+            f"{flag} {source}: {INDEX} cannot be asked for on the hub ({_first_line(error)})"
+        ) from error
+    if index is not None:
+        check_index(Path(index), flag, source)
 
 
 def _check_finite(model: nn.Module, blamed: str) -> None:
@@ -178,8 +203,7 @@ def check_local(source: str, flag: str) -> None:
     Raises:
         InputError: a missing folder.
     """
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).is_dir():
+    if means_a_folder(source) and not Path(source).is_dir():
         raise InputError(f"{flag} {source}: there is no such folder")
 
 

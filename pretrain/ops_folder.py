@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from potstill.console import say
+
 
 class OpsFolder:
     """Held while this process may build or load ops; `release` when it has them.
@@ -16,17 +18,25 @@ class OpsFolder:
 
     def __init__(self) -> None:
         default = Path.home() / ".cache" / "potstill" / "torch_extensions"
-        self.path = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = open(self.path / "potstill.lock", "a")
+        folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+        self._file: IO[str] | None = None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in self.path.rglob("lock"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / "potstill.lock", "a")
+            self._clean(folder, self._file)
+        except OSError as error:
+            say(f"note: {folder} cannot be locked ({error.strerror}); builds are not watched over")
+
+    def _clean(self, folder: Path, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.rglob("deepspeed*/lock"):
                 left.unlink(missing_ok=True)
         except BlockingIOError:
             pass  # others build or load: their lock is none to remove
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        fcntl.flock(file, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Say that this process builds and loads no more."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -102,11 +102,14 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     return float(value) if type(value) is int and float in (kind, *get_args(kind)) else value
 
 
-def read_object(path: Path, flag: str, shape: str = "a JSON object") -> dict[str, Any]:
+def read_object(
+    path: Path, flag: str, shape: str = "a JSON object", unique: bool = True
+) -> dict[str, Any]:
     """A JSON object that a person wrote, read more strictly than the library does.
 
     Args:
         flag, shape: the user's flag and what its file must be, for messages.
+        unique: refuse a name that stands twice; else its last value counts, as for the libraries.
 
     Raises:
         InputError: unreadable, not UTF-8, not JSON, a name that stands twice, a number that is not
@@ -115,7 +118,7 @@ def read_object(path: Path, flag: str, shape: str = "a JSON object") -> dict[str
     try:
         value = json.loads(
             path.read_text(encoding="utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_unique if unique else None,
             parse_int=_whole,
             parse_float=_finite,
             parse_constant=_finite,

@@ -19,6 +19,7 @@ from data_prep.shard_format import (
 from data_prep.tokenization import load_tokenizer
 from potstill.console import say
 from potstill.errors import InputError
+from pretrain.agreement import from_main_rank
 from pretrain.checkpoint import read_record
 from pretrain.checks import check_positions, check_tokenizer
 from pretrain.config import Config
@@ -120,7 +121,9 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     ds_config = read_ds_config(path)
     world_size = dist.get_world_size()
     sizes = batch_sizes(ds_config, world_size, path)
-    sizes, begun_on = keep_global_batch(sizes, ds_config, config, world_size)
+    sizes, begun_on = from_main_rank(
+        lambda: keep_global_batch(sizes, ds_config, config, world_size)
+    )
     ds_configs = [_resolve(member, ds_config, sizes) for member in members]
     check_with_deepspeed(ds_configs[0], path)
     config.acceleration.check(device, ds_config, sizes.accumulation, precision(ds_config))
@@ -128,7 +131,7 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     teacher = _load_teacher(members, manifest)
     identities = [identity_of(member.config, sizes, ds_config) for member in members]
     whole = {STUDENTS: [m.name for m in members]} if config.run.students else identities[0]
-    checkpoints, stopped = check_folders(config, whole, members, identities)
+    checkpoints, stopped = from_main_rank(lambda: check_folders(config, whole, members, identities))
     students, work = [], _work(config, manifest, sizes)
     for member, own_ds_config, own_identity in zip(members, ds_configs, identities, strict=True):
         with member.blamed():
@@ -294,7 +297,7 @@ def _build_objective(
 
 def is_finished(plan: Plan) -> bool:
     """Whether the folder holds the whole run already: its last step and the exported students."""
-    return all(_is_trained(own) for own in plan.students)
+    return from_main_rank(lambda: all(_is_trained(own) for own in plan.students))
 
 
 def _is_trained(own: StudentPlan) -> bool:

@@ -21,7 +21,7 @@ from pretrain.engine import build_run, finish, start_ranks
 from pretrain.launcher import Launcher
 from pretrain.loop import Loop
 from pretrain.plan import is_finished, make_plan
-from pretrain.run_folder import describe_newest
+from pretrain.run_folder import describe_newest, release_folder
 from pretrain.signals import Signals
 from pretrain.students import check_all_done
 from pretrain.summary import show_plan
@@ -48,17 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(config: Config, device: torch.device, signals: Signals, writer: CheckpointWriter) -> None:
     """Check, build and train, on ranks that have met."""
-    plan = make_plan(config, device)
-    show_plan(plan, device)
-    if is_finished(plan):
-        for own in plan.students:
-            say(f"finished already: {own.member.folder}/student")
-        check_all_done(plan.stopped)
-        return
-    loop = Loop(*build_run(plan, device, signals, writer))
-    with loop.obeying_signals():
-        loop.train()
-        finish(loop, plan)
+    try:
+        plan = make_plan(config, device)
+        show_plan(plan, device)
+        if is_finished(plan):
+            for own in plan.students:
+                say(f"finished already: {own.member.folder}/student")
+            check_all_done(plan.stopped)
+            return
+        loop = Loop(*build_run(plan, device, signals, writer))
+        with loop.obeying_signals():
+            loop.train()
+            finish(loop, plan)
+    finally:
+        release_folder()
 
 
 if __name__ == "__main__":

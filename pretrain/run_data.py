@@ -10,8 +10,8 @@ import torch
 from torch import distributed as dist
 
 from data_prep.shard_format import TRAIN, VALIDATION, ShardReader
-from potstill.console import is_main_rank
 from potstill.files import write_json
+from pretrain.agreement import from_main_rank
 from pretrain.batches import (
     Batch,
     Slices,
@@ -80,8 +80,9 @@ class RunData:
         Rank 0 writes. Rows of shards that are left out stand under the row that they name.
         """
         path = learner.folder / f"skipped-{steps.start + 1:08d}-{steps.stop:08d}.json"
-        if is_main_rank() and not self._plan.config.run.dry_run:
-            write_json(path, {str(step + 1): self._rows_of(step) for step in steps})
+        rows = {str(step + 1): self._rows_of(step) for step in steps}
+        if not self._plan.config.run.dry_run:
+            from_main_rank(lambda: write_json(path, rows))
         return str(path)
 
     def _rows_of(self, step: int) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from potstill.errors import InputError
 from potstill.files import is_leftover
 from potstill.lock import Lock, hold
 from potstill.secrets import redacted
-from pretrain.agreement import from_main_rank
 from pretrain.batches import BATCHES_VERSION
 from pretrain.checkpoint import RECORD as CHECKPOINT_RECORD
 from pretrain.checkpoint import checkpoints_in, newest_whole, read_record, verify_checkpoint
@@ -23,6 +22,8 @@ from pretrain.students import Member, Stop, where_stopped
 
 RECORD = "config.json"
 LOCK = ".lock"
+OWN = (RECORD, "ds_config.json", "environment.json")
+"""What a start writes first."""
 CHECKPOINTS = "checkpoints"
 
 
@@ -97,6 +98,9 @@ def check_folders(
 ) -> tuple[dict[str, Path | None], dict[str, Stop]]:
     """Where each student goes on (None: from its beginning), and those that stopped, by name.
 
+    Rank 0 looks. A folder with a run is held from here on, so that nothing changes behind its
+    back; a fresh one once all is checked.
+
     Raises:
         InputError: a folder belongs to another run, or is something else.
     """
@@ -106,10 +110,12 @@ def check_folders(
     for member, identity in zip(members, identities, strict=True):
         with member.blamed():
             _check_folder(member.folder, identity)
+    if (Path(str(config.run.output)) / RECORD).exists():
+        hold_folder(Path(str(config.run.output)))
     stops = {member.name: where_stopped(member) for member in members}
     stopped = {name: stop for name, stop in stops.items() if stop is not None}
     going_on = [member for member in members if member.name not in stopped]
-    found = from_main_rank(lambda: find_checkpoints(going_on, config.run.resume))
+    found = find_checkpoints(going_on, config.run.resume)
     return {m.name: path for m, path in zip(going_on, found, strict=True)}, stopped
 
 
@@ -155,15 +161,18 @@ def _find_checkpoint(resume: str, run_folder: Path) -> Path | None:
                 "--output, or --resume auto to continue"
             )
         return None
-    newest = newest_whole(run_folder / CHECKPOINTS)
     if resume == "auto":
-        return newest
+        return newest_whole(run_folder / CHECKPOINTS)
     if not (Path(resume) / CHECKPOINT_RECORD).is_file():
         raise InputError(
             f"--resume {resume}: no whole checkpoint there; give a folder such as "
             "RUN/checkpoints/step-00001000"
         )
     given = verify_checkpoint(Path(resume)).progress.step
+    try:
+        newest = newest_whole(run_folder / CHECKPOINTS)
+    except InputError:  # all of the run's own are damaged: that is what the path is for
+        newest = None
     own_is_newer = newest is not None and read_record(newest).progress.step > given
     return newest if own_is_newer else Path(resume)
 
@@ -213,20 +222,33 @@ def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:
 
 def _is_fresh(folder: Path) -> bool:
     """Whether nothing stands there but the lock and the leftovers of a start that was killed."""
-    return all(path.name == LOCK or is_leftover(path) for path in folder.iterdir())
+    return all(path.name == LOCK or is_leftover(path, *OWN) for path in folder.iterdir())
 
 
-def hold_folder(output: Path) -> Lock:
-    """Take the folder for this run.
+_held: tuple[Path, Lock] | None = None  # a lock ends when its file is closed
+
+
+def hold_folder(output: Path) -> None:
+    """Take the folder for this process, on rank 0; what it holds already it holds on.
 
     Raises:
         InputError: another process trains into it.
     """
+    global _held
+    if _held is not None and _held[0] == output.absolute():
+        return
+    release_folder()
     output.mkdir(parents=True, exist_ok=True)
-    message = (
-        f"--output {output}: another run trains into this folder; wait for it, or give another"
-    )
-    return hold(output / LOCK, message)
+    what = f"--output {output}: another run trains into this folder"
+    _held = output.absolute(), hold(output / LOCK, f"{what}; wait for it, or give another")
+
+
+def release_folder() -> None:
+    """Let another process have the folder."""
+    global _held
+    if _held is not None:
+        _held[1].release()
+    _held = None
 
 
 def check_writable(output: Path, place: Path) -> None:

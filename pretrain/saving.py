@@ -44,12 +44,12 @@ class Saver:
         place = (now.step, now.validated)
         if self.place == place:
             return
+        began = time.perf_counter()
         self.settle()
         if self.place is not None and self.place[0] == now.step:
             for learner in learners:
                 learner.mark_validated(now)
         else:
-            began = time.perf_counter()
             for learner, terms in zip(learners, probe(), strict=True):
                 learner.save(now, terms, self.writer)
             self._begun = now.step, began, time.perf_counter() - began
@@ -82,12 +82,10 @@ class Saver:
 
     def _wait(self) -> str | None:
         """Wait for the writer; what went wrong, None if nothing did."""
-        try:
-            self.writer.settle()
-        except OSError as error:
+        fault = self.writer.settle()
+        if fault:
             self._begun = None
-            return f"the checkpoint cannot be written ({error.strerror or error})"
-        return None
+        return fault
 
     def note_written(self) -> None:
         """Once a checkpoint stands: say so in the metrics, and let older ones go.
@@ -99,6 +97,6 @@ class Saver:
             return
         (step, began, stalled), self._begun = self._begun, None
         for learner in self._learners:
-            learner.saved(step, stalled, time.perf_counter() - began)
+            learner.saved(step, stalled, self.writer.ended - began)
         for learner in self._learners:
             learner.keep_newest(self.keep)

@@ -38,7 +38,7 @@ class Signals:
         self._asked_at: float | None = None
         self._longest_wait = 0.0  # between two questions
         self._noticed = False
-        self._deferred = False
+        self._deferred = self._raised = False
         self._interrupted_at: float | None = None
         self._before: dict[int, Any] = {}
 
@@ -104,7 +104,8 @@ class Signals:
 
     def _arrived(self, number: int, _: FrameType | None) -> None:
         self.request(number)
-        if not self._deferred:
+        if not self._deferred and not self._raised:
+            self._raised = True  # once: what comes while this one is obeyed changes nothing
             raise Signalled(number)
 
     def _listen(self) -> None:

@@ -32,12 +32,16 @@ class Patience:
         notice: what the main thread has to notice a loss by itself, in a failed collective.
         signal: what it has to notice a signal; DeepSpeed's launcher kills after 30 s.
         leave: what it has to end the process after it noticed a loss.
+        write: what a checkpoint that is being written still has when a rank is lost.
+        last_write: the same when the launcher is about to kill.
     """
 
     silence: float = 30.0
     notice: float = 5.0
     signal: float = 25.0
     leave: float = 30.0
+    write: float = 20.0
+    last_write: float = 3.0
 
 
 class Watch:
@@ -46,7 +50,8 @@ class Watch:
     Args:
         signals: of this process; a launcher that is gone acts as SIGTERM does.
         kept: says what is safe on disk, for example "the last whole checkpoint is step-00000500".
-        before_exit: called before the process is ended, to let a write in the background finish.
+        before_exit: called before the process is ended, to let a write in the background finish
+            within so many seconds.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class Watch:
         signals: Signals,
         launcher: Launcher,
         kept: Callable[[], str],
-        before_exit: Callable[[], None],
+        before_exit: Callable[[float], None],
         patience: Patience | None = None,
     ) -> None:
         self._signals, self._launcher, self._kept = signals, launcher, kept
@@ -74,18 +79,24 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        by_signal = isinstance(error, Signalled | Stopped)
-        failure = "was stopped by a signal" if by_signal else "ended with an error of its own"
-        self.stop(failure if error else None)
+        if error is None:
+            self.stop()
+        elif isinstance(error, Signalled):
+            self.stop("was stopped by a signal", exit_status(error.number))
+        elif isinstance(error, Stopped):
+            self.stop("was stopped by a signal", error.exit_status)
+        else:
+            reason = " ".join(str(error).split())[:500]
+            self.stop(f"ended with an error of its own: {reason or type(error).__name__}")
 
-    def stop(self, failure: str | None = None) -> None:
+    def stop(self, failure: str | None = None, status: int = TrainingError.exit_status) -> None:
         """End the watch and tell the other ranks that this one leaves: well, or why not.
 
         To be called before the process group is destroyed; a second call does nothing.
         """
         if not self._stopped.is_set():
             self._stopped.set()
-            self._heartbeats.stop(failure)
+            self._heartbeats.stop(failure, status)
 
     def explain(self) -> TrainingError | None:
         """Why a collective failed: names the rank that is lost; None if none is.
@@ -105,7 +116,9 @@ class Watch:
         message = self._message()
         if self._heartbeats.speaks and os.environ["RANK"] != "0":  # rank 0 ends with this error
             _tell(message)
-        return TrainingError(message)
+        error = TrainingError(message)
+        error.exit_status = self._heartbeats.lost.status
+        return error
 
     def _message(self) -> str:
         assert self._heartbeats.lost is not None
@@ -135,7 +148,7 @@ class Watch:
             f"rank {os.environ['RANK']} stopped by {signal.Signals(number).name} within a step, "
             f"which did not end in time; {self._kept()}; run the same command again to go on"
         )
-        self._exit(exit_status(number))
+        self._exit(exit_status(number), self._patience.last_write)
 
     def _end_bereft(self) -> None:
         """End the process for a lost rank, unless the main thread does or needs it no more."""
@@ -145,10 +158,11 @@ class Watch:
             return  # it came through without the other
         elif self._heartbeats.speaks:
             _tell(self._message())
-        self._exit(TrainingError.exit_status)
+        lost = self._heartbeats.lost
+        self._exit(lost.status if lost else TrainingError.exit_status, self._patience.write)
 
-    def _exit(self, status: int) -> None:
-        self._before_exit()
+    def _exit(self, status: int, seconds: float) -> None:
+        self._before_exit(seconds)
         os._exit(status)
 
 

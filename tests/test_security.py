@@ -148,13 +148,13 @@ def test_secrets_in_a_ds_config_are_hidden_and_all_else_stays() -> None:
         "train_batch_size": 8,
         "comet": {"api_key": "abc", "enabled": True, "project": "mine"},
         "notes": ["https://me:pass@host/x?token=abc&page=1", "with hf_abcdefghijkl in it"],
-        "password": {"of": {"anything": "x"}},
+        "password": {"of": {"anything": "x"}, "pin": 1234, "none": None},
     }
     assert redacted(config) == {
         "train_batch_size": 8,
         "comet": {"api_key": HIDDEN, "enabled": True, "project": "mine"},
         "notes": [f"https://{HIDDEN}@host/x?token={HIDDEN}&page=1", f"with {HIDDEN} in it"],
-        "password": {"of": {"anything": HIDDEN}},
+        "password": {"of": {"anything": HIDDEN}, "pin": HIDDEN, "none": None},
     }
 
 

@@ -3,7 +3,7 @@
 python -m tests.chaos [--part kills] [--seed 0] [--long] [--folder DIR] [--json FILE]
 
 The short form takes minutes, the long one about an hour. A part that stands in the JSON file with
-the same seed and count is not done again.
+the same seed, count and commit, and without failures, is not done again.
 """
 
 import argparse
@@ -37,7 +37,7 @@ FUNCTIONS = {"bad_input_processes": ("bad_input", "run_processes")}
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; see the module's docstring."""
     given = _parse(arguments)
-    report, place = read_report(given.json), Path(tempfile.mkdtemp(dir=given.folder))
+    report, place = read_report(given.json), new_place(given.folder)
     parts = given.part or list(COUNTS)
     make_materials(place)  # first: the sharder, in this process, has handlers of its own
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*outcome.failures, sep="\n", file=sys.stderr, flush=True)
     print(table(report, parts))
     sys.exit(any(report[name]["failures"] for name in parts))
+
+
+def new_place(folder: Path | None) -> Path:
+    """A new folder, in the given one, which is made; absolute, as cases have working folders."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder)).absolute()
 
 
 def _leave(number: int, frame: object) -> None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ ALONE = "finetune/run.py"  # its Trainer would take the ranks of the others' for
 WORKERS = 2
 CASES_PER_WORKER = 500  # then a new process: DeepSpeed and the library keep memory
 CASE_SECONDS, SILENT_SECONDS, PROCESS_SECONDS = 30, 90, 120
+WORKING = Path("working", "folder")  # of a case, below its own: "../../x" lies there too
 ENOUGH_FILES = 5  # that a case may open and keep: libraries open some at their first use
 _MESSAGE = re.compile(r"(\S+: )?error: .+")
 
@@ -108,7 +109,7 @@ def run_processes(seed: int, count: int, folder: Path) -> Outcome:
             _build(beside, seed, _place(beside, folder))
 
     def attempt(name: Name) -> Done:
-        return judge(name, seed, folder, lambda argv: _process(name.program, argv, folder))
+        return judge(name, seed, folder, partial(_process, name.program, folder))
 
     with ThreadPoolExecutor(WORKERS) as pool:
         cases = pool.map(attempt, names(count))
@@ -204,14 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed, place, *given = arguments or sys.argv[1:]
     folder = Path(place).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)  # for what a relative path may come to
     signal.signal(signal.SIGALRM, _on_alarm)
     with open(folder / "report.jsonl", "a") as report:
         for text in given:
             program, _, number = text.rpartition(":")
             name = Name(program, int(number))
             call = _prepared(program, folder)
-            done = judge(name, int(seed), folder, lambda argv, call=call: _call(call, argv))
+            done = judge(name, int(seed), folder, partial(_call, call))
             report.write(json.dumps(asdict(done)) + "\n")
             report.flush()
 
@@ -250,11 +250,15 @@ def _on_alarm(*_: Any) -> None:
     raise Hang
 
 
-def _call(main: Callable[[list[str]], None], argv: list[str]) -> Ended:
+def _call(main: Callable[[list[str]], None], argv: list[str], place: Path) -> Ended:
     output, errors, before = io.StringIO(), io.StringIO(), _held()
     signal.alarm(CASE_SECONDS)
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+            contextlib.chdir(place),
+        ):
             status = _status(main, argv)
     except Hang:
         status = None
@@ -295,12 +299,12 @@ def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def _process(program: str, argv: list[str], folder: Path) -> Ended:
+def _process(program: str, folder: Path, argv: list[str], place: Path) -> Ended:
     try:
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / program), *argv],
             env=environment(folder),
-            cwd=folder,
+            cwd=place,
             capture_output=True,
             text=True,
             errors="replace",
@@ -314,13 +318,17 @@ def _process(program: str, argv: list[str], folder: Path) -> Ended:
 # ---- what is right
 
 
-def judge(name: Name, seed: int, folder: Path, call: Callable[[list[str]], Ended]) -> Done:
-    """Do a case and say what is wrong with how it ended."""
+def judge(name: Name, seed: int, folder: Path, call: Callable[[list[str], Path], Ended]) -> Done:
+    """Do a case and say what is wrong with how it ended.
+
+    Relative paths come to lie in its folder, so that what they change is seen.
+    """
     place = _place(name, folder)
     begin = time.monotonic()
-    case = _build(name, seed, place)
+    case, working = _build(name, seed, place), place / WORKING
+    working.mkdir(parents=True)
     before = _contents(place) | _digests(case.keep)
-    ended = call(case.argv)
+    ended = call(case.argv, working)
     lost = _lost(case, before, _contents(place) | _digests(case.keep), ended.status)
     fault = lost or _fault(case, ended)
     _remove(place)

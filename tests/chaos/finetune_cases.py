@@ -220,7 +220,7 @@ BAD_CSV = (
         b"sentence,label\na,0.5\nb,nan\n",
     ),
     *(b"sentence,label\na,1e999\nb,0.5\n", b"sentence,label\na,z\nb,w\nc,v\n"),
-    b"sentence,label\n" + b"x" * 200_000 + b",1\nb,2\n",
+    b"sentence,label\n" + b"x" * 1_200_000 + b",1\nb,2\n",
     b"sentence,label\na," + b"9" * 5000 + b"\nb," + b"8" * 5000 + b"\n",
     b"sentence,label\na," + b"9" * 30 + b"\nb," + b"8" * 30 + b"\n",
     b"sentence1,label\na,1\nb,2\n",
@@ -318,7 +318,9 @@ def _pickle(draw: random.Random, model: Path) -> None:
 
 
 def _index(draw: random.Random, model: Path) -> None:
-    name = draw.choice(("../model.safetensors", "/etc/passwd", 7, None, "gone.safetensors"))
+    name = draw.choice(
+        ("../model.safetensors", "/etc/passwd", 7, None, "gone.safetensors", "w.bin")
+    )
     whole: Any = {"metadata": {}, "weight_map": {"bert.embeddings.word_embeddings.weight": name}}
     (model / "model.safetensors").rename(model.parent / "model.safetensors")
     bad = draw.choice((whole, {}, [], {"weight_map": [name]}, {"weight_map": name}))

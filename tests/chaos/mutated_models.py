@@ -151,7 +151,16 @@ def _pickle(chance: random.Random, copy: Path) -> bool:
 def _index_outside(chance: random.Random, copy: Path) -> bool:
     names = list(load_file(copy / WEIGHTS))
     (copy / WEIGHTS).rename(copy.parent / WEIGHTS)
-    place = chance.choice((f"../{WEIGHTS}", str(copy.parent / WEIGHTS), 3, None))
+    places = (
+        f"../{WEIGHTS}",
+        str(copy.parent / WEIGHTS),
+        3,
+        None,
+        "..",
+        "w.bin",
+        "gone.safetensors",
+    )
+    place = chance.choice(places)
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
     (copy / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     return False

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,24 @@ def odd_path(chance: random.Random, folder: Path, make: Callable[[Path], Any]) -
         return folder / ("n" * 300)
     foreign.symlink_to(foreign)  # a circle
     return foreign
+
+
+def damaged_shards(chance: random.Random, sound: Path, folder: Path) -> Path:
+    """A damaged copy of a folder of shards in `folder`, or a path under which there are none."""
+    if chance.random() < 0.2:
+        return odd_path(chance, folder, lambda path: path.write_text("x"))
+    shards = Path(shutil.copytree(sound, folder / "shards"))
+    kind, manifest = chance.randrange(5), shards / "manifest.json"
+    if kind == 0:
+        damage_text(chance, manifest)
+    elif kind == 1:
+        change_json(chance, manifest)  # its checksum is that of the text, too
+    elif kind == 2:
+        flip_bits(chance, manifest)
+    else:
+        path = chance.choice(sorted(shards.glob("*.h5")))
+        chance.choice((cut, flip_bits, lambda _, file: file.unlink()))(chance, path)
+    return shards
 
 
 def files_of(*folders: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from tests.chaos.mutations import (
     ODD_NUMBERS,
     ODD_VALUES,
     change_json,
-    cut,
     damage_text,
+    damaged_shards,
     files_of,
-    flip_bits,
     odd_path,
     odd_text,
 )
@@ -262,23 +260,8 @@ def _model(chance: random.Random, materials: Materials, folder: Path) -> Case:
     return case(materials, folder, {which: model}, may_pass=may_pass)
 
 
-def _data(chance: random.Random, materials: Materials, folder: Path) -> Case:
-    if chance.random() < 0.2:
-        wrong = odd_path(chance, folder, lambda path: path.write_text("x"))
-        return case(materials, folder, {"data": wrong})
-    shards = folder / "shards"
-    shutil.copytree(materials.shards, shards)
-    kind, manifest = chance.randrange(5), shards / "manifest.json"
-    if kind == 0:
-        damage_text(chance, manifest)
-    elif kind == 1:
-        change_json(chance, manifest)
-    elif kind == 2:
-        flip_bits(chance, manifest)
-    else:
-        path = chance.choice([p for p in shards.glob("*.h5")])
-        chance.choice((cut, flip_bits, lambda _, file: file.unlink()))(chance, path)
-    return case(materials, folder, {"data": shards}, may_pass=kind in (1, 2))
+def _data(chance: random.Random, materials: Materials, folder: Path) -> Given:
+    return {"data": damaged_shards(chance, materials.shards, folder)}
 
 
 def _output(chance: random.Random, materials: Materials, folder: Path) -> Case:

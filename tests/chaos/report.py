@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, write_report
+from pretrain.environment import git_commit
 from tests.chaos.common import Outcome
 
 HEAD = ("part", "seed", "asked", "passed", "seconds", "commit", "details")
@@ -23,9 +24,17 @@ def read_report(path: Path | None) -> dict[str, Any]:
 
 
 def is_done(report: dict[str, Any], part: str, seed: int, count: int) -> bool:
-    """Whether a report has a part with this seed and count."""
-    done = report.get(part, {})
-    return (done.get("seed"), done.get("asked")) == (seed, count)
+    """Whether a report has a part with this seed and count, of this commit and without failures."""
+    if part not in report or report[part]["failures"]:
+        return False
+    done = report[part]
+    made = (done["seed"], done["asked"], _commit(done["machine"]["commit"]))
+    return made == (seed, count, _commit(git_commit() or "unknown"))
+
+
+def _commit(told: str) -> str:
+    """A commit alone: the report itself may be what is changed in the tree."""
+    return told.partition("+")[0]
 
 
 def add(

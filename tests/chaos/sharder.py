@@ -7,6 +7,7 @@ import hashlib
 import os
 import pydoc_data.topics
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,10 +71,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A run that nothing disturbed."""
+    """A run that nothing disturbed: its files, and the bytes of all and of the largest of them."""
 
     digests: dict[str, str]
     size: int
+    largest: int
     seconds: float
 
 
@@ -94,7 +96,7 @@ def run(seed: int, count: int, folder: Path) -> Outcome:
     broken = sum(status != 0 for status, _ in found)
     details: dict[str, int | float | str] = {**ways, "ended before their end": broken}
     if not can_mount():
-        details["full disk"] = "left out: this machine lets nobody mount a disk"
+        details["full disk"] = "none: this machine lets nobody mount a disk"
     return Outcome("sharder", count, count - len(failures), failures, details)
 
 
@@ -103,7 +105,7 @@ def draw_trial(seed: int, number: int) -> Trial:
     draw = random.Random(f"{seed}-{number}")
     way = WAYS[number % len(WAYS)]
     if way == "full disk" and not can_mount():
-        way = "kill"
+        way = "file limit"
     workers = 2 if way == "kill a worker" else draw.choice((1, 2))
     return Trial(way, draw.random() < 0.5, workers, draw.uniform(0, 1.05), draw.randint(1, 40))
 
@@ -131,7 +133,8 @@ def _unbroken(folder: Path, learned: bool) -> Unbroken:
     if learned:
         shutil.copytree(output / "tokenizer", folder / "tokenizer")
     digests = digests_of(output)
-    return Unbroken(digests, sum(os.path.getsize(output / name) for name in digests), seconds)
+    sizes = [os.path.getsize(output / name) for name in digests]
+    return Unbroken(digests, sum(sizes), max(sizes), seconds)
 
 
 def _environment() -> dict[str, str]:
@@ -142,7 +145,8 @@ def digests_of(output: Path) -> dict[str, str]:
     """SHA-256 by name of all files but the settings in the working folder."""
     files = [path for path in sorted(output.rglob("*")) if path.is_file()]
     names = {str(path.relative_to(output)): path for path in files}
-    names.pop(".sharding/settings.json", None)
+    for private in (".sharding/settings.json", ".sharding/lock"):  # times, process ids
+        names.pop(private, None)
     return {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, path in names.items()}
 
 
@@ -187,7 +191,8 @@ def _on_full_disk(
     done = subprocess.run(command, capture_output=True, timeout=2 * LIMIT, env=_environment())
     if done.returncode in (97, 98):
         return 1, f"status {done.returncode}, see {errors}"
-    return done.returncode, said(done.returncode, (0, 1, 2), errors)
+    fault = said(done.returncode, (0, 1, 2), errors)
+    return done.returncode, fault or said(0, (0,), errors.with_suffix(".again"))
 
 
 def said(status: int, right: tuple[int, ...], errors: Path) -> str | None:
@@ -195,7 +200,12 @@ def said(status: int, right: tuple[int, ...], errors: Path) -> str | None:
     if status not in right:
         return f"exit status {status}, see {errors}"
     text = errors.read_text(errors="replace")
-    if status in (1, 2) and ("Traceback" in text or "error: " not in text):
+    pythons = text.rstrip(": \n").endswith(
+        "KeyboardInterrupt"
+    )  # before or behind the program's own
+    if "Traceback" in text and not (pythons and status in (0, -signal.SIGINT)):
+        return f"a traceback, see {errors}"
+    if status in (1, 2) and "error: " not in text:
         return f"no line that says why, see {errors}"
     return None
 
@@ -209,16 +219,17 @@ def _disturbed(
         settings = {"stdout": subprocess.DEVNULL, "stderr": printed, "env": _environment()}
         process = subprocess.Popen(command, start_new_session=True, **settings)  # type: ignore[call-overload]
         try:
-            DISTURB[trial.way](process, trial, case / "out", unbroken.seconds)
+            DISTURB[trial.way](process, trial, case / "out", unbroken)
             status = process.wait(LIMIT)
             fault = _workers_outlive(process.pid)
         finally:
             _end(process)
     fault = fault or said(status, RIGHT[trial.way], errors)
-    with open(errors.with_suffix(".again"), "wb") as printed:
+    second = errors.with_suffix(".again")
+    with open(second, "wb") as printed:
         settings["stderr"] = printed
         again = subprocess.run(command, timeout=LIMIT, **settings).returncode  # type: ignore[call-overload]
-    return status, fault or (f"then exit status {again}, see {case}" if again else None)
+    return status, fault or said(again, (0,), second)
 
 
 def _workers_outlive(session: int) -> str | None:
@@ -247,10 +258,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _after_a_while(
-    process: "subprocess.Popen[bytes]", trial: Trial, _: Path, seconds: float, number: int
+    process: "subprocess.Popen[bytes]", trial: Trial, _: Path, unbroken: Unbroken, number: int
 ) -> None:
     try:
-        process.wait(trial.moment * seconds)
+        process.wait(trial.moment * unbroken.seconds)
     except subprocess.TimeoutExpired:
         if number == signal.SIGINT:  # as Ctrl-C does: to the workers too
             os.killpg(process.pid, number)
@@ -258,7 +269,17 @@ def _after_a_while(
             process.send_signal(number)
 
 
-def _at_a_write(process: "subprocess.Popen[bytes]", trial: Trial, output: Path, _: float) -> None:
+def _no_large_file(
+    process: "subprocess.Popen[bytes]", trial: Trial, _: Path, unbroken: Unbroken
+) -> None:
+    """A write that makes a file larger than this fails, as one on a full disk does."""
+    size = int(trial.moment * unbroken.largest) + 4096
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def _at_a_write(
+    process: "subprocess.Popen[bytes]", trial: Trial, output: Path, _: Unbroken
+) -> None:
     """Killed while it writes some file beside its place."""
     seen: set[str] = set()
     while process.poll() is None and len(seen) < trial.write:
@@ -269,7 +290,9 @@ def _at_a_write(process: "subprocess.Popen[bytes]", trial: Trial, output: Path, 
     process.kill()
 
 
-def _a_worker(process: "subprocess.Popen[bytes]", trial: Trial, _: Path, seconds: float) -> None:
+def _a_worker(
+    process: "subprocess.Popen[bytes]", trial: Trial, _: Path, unbroken: Unbroken
+) -> None:
     """Killed at a random moment behind the first worker's start, if there is one then."""
     parent = psutil.Process(process.pid)
     workers: list[psutil.Process] = []
@@ -279,7 +302,7 @@ def _a_worker(process: "subprocess.Popen[bytes]", trial: Trial, _: Path, seconds
         if workers:
             break
         time.sleep(0.01)
-    time.sleep(trial.moment * seconds / 2)
+    time.sleep(trial.moment * unbroken.seconds / 2)
     for worker in workers[: 1 + trial.write % 2]:
         try:
             worker.kill()
@@ -301,7 +324,8 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-DISTURB: dict[str, Callable[["subprocess.Popen[bytes]", Trial, Path, float], None]] = {
+DISTURB: dict[str, Callable[["subprocess.Popen[bytes]", Trial, Path, Unbroken], None]] = {
+    "file limit": _no_large_file,
     "kill": partial(_after_a_while, number=signal.SIGKILL),
     "kill a worker": _a_worker,
     "kill at a write": _at_a_write,
@@ -310,6 +334,7 @@ DISTURB: dict[str, Callable[["subprocess.Popen[bytes]", Trial, Path, float], Non
 }
 # How a disturbed run may end; by the signal itself while Python still starts.
 RIGHT: dict[str, tuple[int, ...]] = {
+    "file limit": (0, 1, 2),
     "kill": (0, -9),
     "kill a worker": (0, 1),
     "kill at a write": (0, -9),

@@ -2,7 +2,7 @@
 
 Each leg of a walk is stopped by SIGTERM and the next one continues the same folder on another cut
 (ranks, stage). The ten losses behind each change are compared with those of a run that was never
-changed; the rows of each step are compared in this process.
+changed.
 """
 
 import random
@@ -13,16 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM
 
-import numpy as np
-
 from potstill.console import progress
-from pretrain.batches import Slices
-from pretrain.order import Order
 from tests.chaos.chains import resumed_wrong
 from tests.chaos.common import Outcome
 from tests.chaos.runs import (
-    GLOBAL_BATCH,
-    MICRO_BATCH,
     Seen,
     Setup,
     last_step,
@@ -68,14 +62,12 @@ def run(seed: int, count: int, folder: Path) -> Outcome:
         made = [Walk(cuts, folder / f"walk-{n}", folder, tally) for n, cuts in enumerate(planned)]
         unchanged = [pool.submit(walk.do_unchanged) for walk in made]
         list(pool.map(act, range(len(made)), made, unchanged))
-    rows = [f"worlds {seed}: {fault}" for cut in RANKS for fault in other_rows(seed, cut)]
     details: dict[str, int | float | str] = {
         "walks": "; ".join(" -> ".join(f"{r}r zero{s}" for r, s in walk) for walk in planned),
         "largest relative difference": f"{max(tally.differences, default=float('nan')):.1e}",
         "losses compared": len(tally.differences),
-        "same rows, same order": "no" if rows else "yes",
     }
-    return Outcome("worlds", count, tally.passed, tally.failures + rows, details)
+    return Outcome("worlds", count, tally.passed, tally.failures, details)
 
 
 def walks(seed: int, count: int) -> list[list[Cut]]:
@@ -179,23 +171,8 @@ class Walk:
             compared = range(step + 1, step + 1 + COMPARED)
             found = [abs(ours[n] - theirs[n]) / abs(theirs[n]) for n in compared]
             self.tally.differences.extend(found)
-            if max(found) <= TOLERANCE:
+            if all(difference <= TOLERANCE for difference in found):  # a NaN is not
                 self.tally.passed += 1
             else:
-                faults.append(f"behind step {step} on {cut}: losses differ by {max(found):.1e}")
+                faults.append(f"behind step {step} on {cut}: losses differ by {found}")
         return faults
-
-
-def other_rows(seed: int, ranks: int, rows: int = 5_000, steps: int = 200) -> list[str]:
-    """Steps whose rows, or their order, are not those of a lone rank."""
-    order, faults = Order(rows, seed), []
-    accumulation = GLOBAL_BATCH // MICRO_BATCH // ranks
-    slices = [Slices(MICRO_BATCH, accumulation, rank, ranks) for rank in range(ranks)]
-    for step in random.Random(seed).sample(range(100_000), steps):
-        micro_steps = range(step * accumulation, (step + 1) * accumulation)
-        taken = np.concatenate([one.samples(n) for n in micro_steps for one in slices])
-        epochs, found = order(taken)
-        expected = order(np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
-        if not (np.array_equal(epochs, expected[0]) and np.array_equal(found, expected[1])):
-            faults.append(f"step {step} on {ranks} ranks takes other rows")
-    return faults

@@ -23,6 +23,7 @@ from data_prep.corpus import (
     read_pieces,
 )
 from data_prep.readers import DatasetName, Fragment, ReadOptions, read_parquet, read_text
+from data_prep.shard import parse, sources_of
 from potstill.errors import InputError
 
 
@@ -77,6 +78,37 @@ def test_several_inputs_and_folders_come_in_order_and_other_files_are_left(tmp_p
     first = write(tmp_path / "z.txt", ["first"])
     found = documents_of(first, tmp_path / "folder")
     assert found == ["first", "text of a.jsonl", "text of b.txt", "text of sub/c.txt"]
+
+
+def test_linked_folders_are_read_and_circles_end(tmp_path: Path) -> None:
+    folder, far = tmp_path / "folder", tmp_path / "far"
+    for place in (folder, far / "deep", far / ".hidden"):
+        place.mkdir(parents=True)
+        write(place / "x.txt", [f"text of {place.name}"])
+    (folder / "linked").symlink_to(far)
+    (far / "deep" / "back").symlink_to(folder)
+    (folder / "x2.txt").symlink_to(far / "deep" / "x.txt")
+    assert documents_of(folder) == ["text of deep", "text of folder", "text of deep"]
+    dataset = Source("x", "dataset", dataset=DatasetName(str(folder), None, "train"))
+    assert len(dataset.identity()["files"]) == 3
+
+
+def test_secrets_of_a_data_set_address_are_neither_saved_nor_told() -> None:
+    args = parse("--dataset https://me:pa55@host/x?token=abc --output out".split())
+    (source,) = sources_of(args)
+    assert "pa55" not in str(source.identity()) and "abc" not in str(source.identity())
+    assert "pa55" not in source.name
+    assert source.dataset is not None and "pa55" in source.dataset.name  # it must be read
+    with pytest.raises(InputError) as refused:
+        next(source.fragments(ReadOptions()))
+    assert "pa55" not in str(refused.value) and "[redacted]@host" in str(refused.value)
+
+
+def test_a_parquet_column_name_that_is_not_utf8_is_refused_by_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", ["some text"], column="textcolumn")
+    path.write_bytes(path.read_bytes().replace(b"textcolumn", b"text\xff\xfeumn"))
+    with pytest.raises(InputError, match="x.parquet is no whole Parquet file"):
+        next(read_parquet(path, ReadOptions()))
 
 
 def test_a_text_file_is_one_document_if_asked(tmp_path: Path) -> None:

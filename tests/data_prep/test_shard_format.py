@@ -147,7 +147,7 @@ def tokenizer_file(name: str) -> dict[str, object]:
 
 
 BAD_FIELDS = [
-    ({"format_version": 99}, "format version 99"),
+    ({"format_version": 99}, "of format version 99, .*no damage"),
     ({"seq_length": "long"}, "the manifest.seq_length is 'long'"),
     ({"seq_length": 2}, "seq_length is 2"),
     ({"seq_length": True}, "seq_length is True"),
@@ -179,26 +179,38 @@ def test_a_sealed_manifest_that_is_wrong_is_refused_by_field(
         read_manifest(copied)
 
 
-def test_a_manifest_without_a_seal_is_refused_with_the_remedy(copied: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, "of format version 1, and .* reads 2; that is no damage: keep .* another folder"),
+        (2, "damaged or malformed .it holds no checksum.; copy it again"),
+    ],
+)
+def test_a_manifest_without_a_seal_is_of_the_first_format_or_damaged(
+    version: int, message: str, copied: Path
+) -> None:
     path = copied / "manifest.json"
-    path.write_text(json.dumps(read_sealed_json(path)))
-    with pytest.raises(InputError, match="older version .it holds no checksum.; .*shard the corp"):
+    path.write_text(json.dumps(read_sealed_json(path) | {"format_version": version}))
+    with pytest.raises(InputError, match=message):
         read_manifest(copied)
 
 
 @pytest.mark.parametrize("linked", ["train", "tokenizer"])
-def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(
+def test_files_behind_links_are_taken_and_compared_like_others(
     copied: Path, linked: str, tmp_path: Path
 ) -> None:
-    place = copied / (read_manifest(copied).files[0].name if linked == "train" else linked)
-    place.rename(copied / "elsewhere")
-    place.symlink_to("elsewhere")
-    read_manifest(copied)
-    (copied / "elsewhere").rename(tmp_path / "elsewhere")
-    place.unlink()
-    place.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="files.0..name, .*leads outside the folder"):
-        read_manifest(copied)
+    manifest = read_manifest(copied)
+    name = manifest.files[0].name if linked == "train" else linked
+    rows = ShardReader(copied, "train").read(np.arange(9))
+    (copied / name).rename(tmp_path / "elsewhere")
+    (copied / name).symlink_to(tmp_path / "elsewhere")  # as hub caches, DVC and git-annex have it
+    files = manifest.files + manifest.tokenizer_files
+    verify_files(copied, read_manifest(copied), files)
+    assert (ShardReader(copied, "train").read(np.arange(9)) == rows).all()
+    changed = copied / (name if linked == "train" else "tokenizer/tokenizer.json")
+    changed.write_bytes(changed.read_bytes() + b" ")
+    with pytest.raises(InputError, match=f"{changed.name} is corrupted"):
+        verify_files(copied, manifest, files)
 
 
 JSON = st.recursive(

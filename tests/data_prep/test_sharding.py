@@ -277,14 +277,69 @@ def test_a_changed_input_is_another_run(
         run_here(output, path)
 
 
+HOLDS = """
+import sys
+from pathlib import Path
+from data_prep.journal import Journal
+first = Journal(Path(sys.argv[1]))
+first.begin({"any": 1})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_two_runs_in_one_folder_at_once_are_refused(
     run_here: RunHere, corpus: Path, tmp_path: Path
 ) -> None:
-    first = journal_module.Journal(tmp_path / "out")
-    first.begin({"any": 1})
-    with pytest.raises(InputError, match="another process is sharding"):
-        run_here(tmp_path / "out", corpus)
-    first.release()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another process is sharding.*process [0-9]+ on"):
+            run_here(tmp_path / "out", corpus)
+    run_here(tmp_path / "out", corpus)
+
+
+@pytest.mark.parametrize("flags", ["", " --seed 3"])
+def test_a_folder_that_another_process_finishes_meanwhile_stays(
+    flags: str,
+    unbroken: Path,
+    run_here: RunHere,
+    corpus: Path,
+    tmp_path: Path,
+    digests: Digests,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, looks = shutil.copytree(unbroken, tmp_path / "out"), iter([False])
+    real = journal_module.Journal.is_complete
+
+    def look(journal: journal_module.Journal, settings: dict[str, object]) -> bool:
+        return next(looks, True) and real(journal, settings)  # the first look saw no shards
+
+    monkeypatch.setattr(journal_module.Journal, "is_complete", look)
+    if flags:
+        with pytest.raises(InputError, match="another run: seed was 0, now 3"):
+            run_here(output, corpus, flags=f"{SMALL} --workers 1{flags}")
+    else:
+        run_here(output, corpus, flags=f"{SMALL} --workers 1")
+        assert "is complete already" in capsys.readouterr().out
+    assert digests(output) == digests(unbroken)
+    assert (output / ".sharding" / "settings.json").exists()
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = journal_module.hold
+
+    def hold_and_lose(path: Path, message: str) -> object:
+        lock = real(path, message)
+        shutil.rmtree(path.parent)  # as a refused run does that ends now
+        return lock
+
+    monkeypatch.setattr(journal_module, "hold", hold_and_lose)
+    with pytest.raises(InputError, match="another process just left .*same command again"):
+        journal_module.Journal(tmp_path / "out").begin({})
 
 
 def test_one_document_is_all_for_training_and_that_is_said(
@@ -383,6 +438,8 @@ def test_going_on_removes_only_its_own_left_overs(
     first.begin({"any": 1})
     first.release()
     assert not any(path.exists() for path in ours)
+    nothing = np.empty(0, np.int64)
+    first.save(journal_module.State(), {"train": nothing, "validation": nothing})
     theirs = [output / "download.part", output / ".notes.old", output / ".tokenizer.old"]
     for path in theirs:
         path.write_text("mine")

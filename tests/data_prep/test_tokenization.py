@@ -175,6 +175,15 @@ def test_a_folder_with_a_model_but_no_tokenizer_is_refused(tmp_path: Path) -> No
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", [Path("shards/tokenizer"), "~/tokenizer", "./x", "a/b/c"])
+def test_a_missing_folder_is_never_asked_of_the_hub(
+    name: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(InputError, match="tokenizer folder .* does not exist"):
+        load_tokenizer(name)
+
+
 def test_a_revision_and_no_foreign_code_reach_the_library(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

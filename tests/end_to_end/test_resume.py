@@ -75,7 +75,7 @@ def kill_behind_a_checkpoint(materials: Materials, arguments: list[str], run: Pa
     )
     try:
         limit = time.monotonic() + START_LIMIT
-        while time.monotonic() < limit and not list(run.glob("checkpoints/*/checkpoint.json")):
+        while time.monotonic() < limit and not list(run.glob("checkpoints/step-*/checkpoint.json")):
             assert started.poll() is None, "the run ended before it was killed"
             time.sleep(0.01)
     finally:
@@ -91,7 +91,7 @@ def metrics_until_torn(run: Path) -> list[str]:
 
 def leave_half_a_checkpoint(run: Path) -> None:
     """What a run that is killed while it saves leaves: files without the mark, and a torn line."""
-    whole = min(run.glob("checkpoints/*/checkpoint.json")).parent
+    whole = min(run.glob("checkpoints/step-*/checkpoint.json")).parent
     half = whole.with_name(f"step-{STEPS - 1:08d}")
     shutil.copytree(whole, half)
     (half / "checkpoint.json").unlink()
@@ -155,6 +155,6 @@ def test_a_finished_run_started_again_says_so_and_trains_nothing(folder: Path) -
 
 def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     for run in ("killed", "unbroken"):
-        whole = sorted((folder / run / "checkpoints").glob("*/checkpoint.json"))
+        whole = sorted((folder / run / "checkpoints").glob("step-*/checkpoint.json"))
         assert [mark.parent.name for mark in whole] == ["step-00000080", "step-00000088"]
         assert json.loads(whole[-1].read_text())["world_size"] == 2

@@ -160,6 +160,21 @@ def test_a_run_goes_back_once_and_then_stops(folder: Path) -> None:
     assert len(errors) == 1 and "nan" in errors[0] and "lower lr" in errors[0]
 
 
+def test_a_run_that_learns_too_little_by_its_time_stops_with_a_checkpoint(
+    folder: Path, materials: Materials
+) -> None:
+    line = again(
+        materials, folder, "early", early_stop_after=0.3, early_stop_loss=1e-6, validate_every=2
+    )
+    for _ in range(2):  # started again it says so again, and trains no further
+        done = start(materials, None, line)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "--early_stop_loss 1e-06" in done.stderr
+        assert len(losses(folder / "early")) == 6, "the first validation behind 30 % of 16 steps"
+        newest = max((folder / "early" / "checkpoints").glob("step-*"))
+        assert verify_checkpoint(newest).progress.step == 6
+
+
 # --- checkpoints and folders
 
 

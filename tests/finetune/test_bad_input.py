@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Features, Image, Value
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig
 
+from finetune.results import claim
 from finetune.run import use_one_device
+from potstill.errors import InputError
 from tests.finetune.conftest import mnli_rows, run_program, write_parquet
 
 NAMES = ["entailment", "neutral", "contradiction"]
@@ -259,14 +264,43 @@ def test_a_pickle_is_refused_and_never_opened(
     assert not (tmp_path / "opened").exists()
 
 
-def test_an_index_of_weights_cannot_leave_the_folder(
+@pytest.mark.parametrize("name", ["../theirs.safetensors", "..", "w.bin", "/w.safetensors"])
+def test_an_index_of_weights_leads_to_safetensors_in_the_folder_only(
+    refusal: Refusal, copied: Path, glue: Path, tmp_path: Path, name: str
+) -> None:
+    (copied / "model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "opened"), copied / "w.bin")
+    index = {"weight_map": {"bert.embeddings.word_embeddings.weight": name}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue)
+    assert f"model.safetensors.index.json has {name} where" in line
+    assert not (tmp_path / "opened").exists()
+
+
+def test_a_missing_piece_of_the_weights_is_named(
     refusal: Refusal, copied: Path, glue: Path
 ) -> None:
     (copied / "model.safetensors").unlink()
-    index = {"weight_map": {"bert.embeddings.word_embeddings.weight": "../theirs.safetensors"}}
+    index = {"weight_map": {"bert.embeddings.word_embeddings.weight": "model-1-of-2.safetensors"}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     line = refusal("--model", copied, "--task", "mnli", "--data", glue)
-    assert "model.safetensors.index.json has ../theirs.safetensors" in line
+    assert "model-1-of-2.safetensors is missing" in line
+
+
+def test_a_model_of_images_is_refused_by_its_type(
+    refusal: Refusal, copied: Path, glue: Path
+) -> None:
+    ViTConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2).save_pretrained(copied)
+    line = refusal("--model", copied, "--task", "mnli", "--data", glue)
+    assert "model type 'vit' with vocab_size None embeds no words" in line
+
+
+def test_a_full_folder_for_temporary_files_is_not_blamed_on_the_model(
+    refusal: Refusal, bert: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    line = refusal("--model", bert, "--task", "mnli", "--data", glue, "--max_length", "32")
+    assert "folder for temporary files" in line and "TMPDIR" in line and "--model" not in line
 
 
 @pytest.mark.parametrize(
@@ -279,7 +313,7 @@ def test_an_index_of_weights_cannot_leave_the_folder(
         ({"hidden_act": "nope"}, "config.json cannot be used (KeyError: 'nope')"),
         ({"layer_norm_eps": float("nan")}, "the number NaN is not finite"),
         ({"layer_norm_eps": -1e9}, "its outputs are not finite"),
-        ({"chunk_size_feed_forward": 4}, "cannot compute a row and be saved again"),
+        ({"chunk_size_feed_forward": 4}, "cannot compute a row (ValueError"),
         (
             {"id2label": {"0": "a", "7": "b"}, "architectures": ["BertForSequenceClassification"]},
             "1",
@@ -400,6 +434,43 @@ def test_a_damaged_run_is_kept_and_named_before_anything_is_read(
             run_program(("--model", bert, "--task", "rte"), run)
     assert f"error: {run / name}: cannot be read" in capsys.readouterr().err
     assert (run / name).read_text() == '{"cut'
+
+
+def test_a_folder_in_which_another_process_fine_tunes_is_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = f"from finetune.results import Path, claim; lock = claim(Path({str(run)!r}), {{}})"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{child}; input()"], stdin=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        while not (run / "config.json").exists():
+            assert other.poll() is None
+            time.sleep(0.05)
+        (run / ".model.7.part").mkdir()
+        with pytest.raises(InputError, match=f"another process fine-tunes there.*{other.pid}"):
+            claim(run, {})
+        assert (run / ".model.7.part").is_dir()
+        other.stdin.write(b"\n")
+        other.stdin.close()
+    claim(run, {}).release()
+    assert not (run / ".model.7.part").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_one_line(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, status: int
+) -> None:
+    def stopped(_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr("finetune.run.load", stopped)
+        run_program(("--model", bert, "--task", "rte"), tmp_path / "run")
+    assert stop.value.code == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "run the same command again" in lines[0]
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "file/run/deeper"])

@@ -266,6 +266,7 @@ def test_the_same_run_again_is_finished_and_another_is_refused(
     run = tmp_path / "run"
     fine_tune(*flags)
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "config.json",
         "log.jsonl",
         "result.json",
@@ -298,7 +299,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path, claimed: bool) -> Non
             claim(run, {"seed": 1})
         assert all((run / name).exists() for name in left)  # the folder is not that run's
     claim(run, {"seed": 0})
-    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
 
 
 def test_the_seed_alone_decides_the_scores(fine_tune: FineTune, bert: Path, tmp_path: Path) -> None:

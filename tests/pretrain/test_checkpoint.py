@@ -148,3 +148,10 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> N
         for checkpoint in found:
             verify_checkpoint(checkpoint)
         assert newest_whole(folder) == found[-1]
+
+
+def test_a_folder_without_its_record_is_damaged_and_not_nothing(tmp_path: Path) -> None:
+    """Else a run would begin again, silently, over what it had."""
+    (write_checkpoint(tmp_path, 4) / RECORD).unlink()
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        newest_whole(tmp_path)

@@ -122,6 +122,10 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"scheduler": {"type": "WarmupLR"}}, "--warmup"),
         ({"tensorboard": True}, "'tensorboard' must be a JSON object"),
+        *(
+            ({"zero_optimization": {"stage": 3, name: {"device": "nvme"}}}, f"{name}.*swapped out")
+            for name in ("offload_optimizer", "offload_param")
+        ),
     ],
     ids=str,
 )
@@ -132,3 +136,10 @@ def test_sections_that_would_mean_something_else_are_refused(
     path.write_text(json.dumps({MICRO: 4, **section}))
     with pytest.raises(InputError, match=names):
         read_ds_config(path)
+
+
+def test_null_is_a_section_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    names = ("communication_data_type", "optimizer", "fp16", "zero_optimization", TOTAL)
+    path.write_text(json.dumps({MICRO: 4, **dict.fromkeys(names)}))
+    assert read_ds_config(path) == {MICRO: 4}

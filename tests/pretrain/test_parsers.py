@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from potstill.errors import InputError
 from pretrain.config import PARTS, parse_config
 from pretrain.ds_config import batch_sizes, check_with_deepspeed, read_ds_config
+from pretrain.model_folder import INDEX, WEIGHTS
+from pretrain.models import load_config, load_encoder
 from pretrain.objectives import Settings, build_objective, defaults_of, parse_relations
 from pretrain.options import read_object
 from pretrain.student.depth import layers_to_copy, map_layers
 from pretrain.students import read_members
 from tests.launch import flags
+from tests.pretrain.tiny import tiny_config
 
 NEEDED = {"data": "d", "objective": "mlm", "output": "o", "ds_config": "c.json", "max_steps": 3}
 FIELDS = sorted({name for part in PARTS for name in part.__dataclass_fields__} - {"preset"})
@@ -166,3 +169,22 @@ def test_no_flag_takes_a_number_that_is_not_finite(name: str, value: str) -> Non
 def test_flags_that_no_run_can_have_are_refused(more: list[str], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         parse_config([*flags(**NEEDED), *more])
+
+
+def test_real_configs_with_doubles_and_nulls_are_taken(tmp_path: Path) -> None:
+    tiny_config("bert").save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).touch()
+    path = tmp_path / "config.json"
+    double = '{"pad_token_id": 0, "pad_token_id": 0, "position_embedding_type": null,'
+    path.write_text(path.read_text().replace("{", double, 1))
+    assert load_config(str(tmp_path), "--teacher").model_type == "bert"
+
+
+def test_an_index_on_the_hub_may_not_name_a_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "w.bin"}}')
+    monkeypatch.setattr("pretrain.models.load_config", lambda *_: tiny_config("bert"))
+    monkeypatch.setattr("pretrain.models.cached_file", lambda *_, **__: str(tmp_path / INDEX))
+    with pytest.raises(InputError, match=r"--teacher some/model: weight_map .* has w\.bin"):
+        load_encoder("some/model", "--teacher")

@@ -189,6 +189,16 @@ def index_outside(materials: Materials, folder: Path) -> Given:
     return {"teacher": folder / "changed"}
 
 
+def index_to_a_pickle(materials: Materials, folder: Path) -> Given:
+    """Weights in one piece, which its index calls something else than safetensors."""
+    given = only_a_pickle(materials, folder)
+    names = load_file(materials.teacher / WEIGHTS)
+    (folder / "changed" / "pytorch_model.bin").rename(folder / "changed" / "w.bin")
+    index = {"weight_map": dict.fromkeys(names, "w.bin")}
+    write_json(folder / "changed" / f"{WEIGHTS}.index.json", index)
+    return given
+
+
 def own_code(materials: Materials, folder: Path) -> Given:
     """A teacher whose config asks for a class of its own."""
     own = {"AutoConfig": "modeling.Own", "AutoModelForMaskedLM": "modeling.Own"}
@@ -291,7 +301,16 @@ CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "only a pickle": (only_a_pickle, ("pytorch_model.bin", "run code", WEIGHTS)),
     "an index that leaves the folder": (
         index_outside,
-        ("index.json", "the name of a file in the folder"),
+        ("index.json", "the name of a safetensors file in the folder"),
+    ),
+    "an index of a pickle": (index_to_a_pickle, ("index.json has w.bin", "safetensors")),
+    "fewer layers than weights": (
+        changed_config(num_hidden_layers=3),
+        ("weights belong to layers", "encoder.layer.3."),
+    ),
+    "far more weights than there are": (
+        changed_config(intermediate_size=2**18, hidden_size=64),
+        ("config.json describes", "copy the model again"),
     ),
     "code of its own": (own_code, ("auto_map", "never run")),
     "a quantised teacher": (changed_config(quantization_config={"bits": 4}), ("is quantised",)),

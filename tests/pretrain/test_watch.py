@@ -74,7 +74,8 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
 
 def test_a_rank_that_fails_alone_is_named(tmp_path: Path) -> None:
     with ranks(tmp_path, "fail") as started:
-        named = f"error: rank 1 (process {started[1].pid} on {HOST}) ended with an error of its own"
+        rank = f"rank 1 (process {started[1].pid} on {HOST})"
+        named = f"error: {rank} ended with an error of its own: a bug"
         assert ends(started[0], tmp_path, 0) == (1, f"{named}; {REST}")
         assert ends(started[2], tmp_path, 2) == (1, "")
 

@@ -57,7 +57,7 @@ def main(act: str, ready: Path) -> None:
     with (
         Signals() as signals,
         signals.deferred(),
-        Watch(signals, Launcher(), lambda: KEPT, lambda: None, PATIENCE) as watch,
+        Watch(signals, Launcher(), lambda: KEPT, lambda _: None, PATIENCE) as watch,
     ):
         ready.touch()
         ACTS[act](watch)
