@@ -381,7 +381,8 @@ def _begin(plan: Plan, learners: Sequence[Learner]) -> None:
     def forget() -> None:
         for own, learner in zip(plan.students, learners, strict=True):
             remove_checkpoints(later_checkpoints(own.member, own.checkpoint))
-            learner.metrics.cut_behind(learner.progress.step if own.checkpoint else -1)
+            done = learner.progress if own.checkpoint else Progress(step=-1)
+            learner.metrics.cut_behind(done.step, done.validated)
 
     if plan.config.run.dry_run:
         return

@@ -317,7 +317,7 @@ class Learner:
         later = [p for p in checkpoints_in(self.checkpoints) if p.name > checkpoint.name]
         remove_checkpoints(later)
         update_progress(checkpoint, back)
-        self.metrics.cut_behind(back.step)
+        self.metrics.cut_behind(back.step, back.validated)
 
     def keep_newest(self, number: int) -> None:
         """Remove all checkpoints but the newest `number`, and the last one that is good."""

@@ -1,7 +1,6 @@
 """metrics.jsonl: what a run measured, one JSON object a line."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,15 +26,21 @@ class Metrics:
         self.monitor = monitor
         self.fault: str | None = None
 
-    def cut_behind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and torn ones: a resume repeats them."""
+    def cut_behind(self, step: int, validated: int) -> None:
+        """Drop what a resumed run will write again: lines of steps after `step`, validations after
+        that of step `validated`, and torn lines."""
         lines = self._lines()
         if self.path is None or not lines:
             return
         lost = sum(_parsed(line).get("kind") == "train" for line in lines)
         if step < 0 and lost:
             say(f"note: {self.path} has {lost} lines and no checkpoint: they are made again")
-        kept = [line for line in lines if _parsed(line).get("step", math.inf) <= step]
+        last = {"validation": validated}  # of this very step there may be one behind the checkpoint
+        kept = []
+        for line in lines:
+            entry = _parsed(line)
+            if entry and entry["step"] <= min(step, last.get(entry.get("kind"), step)):
+                kept.append(line)
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def last_validation(self, step: int) -> float | None:

@@ -40,22 +40,34 @@ def test_a_resume_drops_the_steps_that_it_repeats(path: Path) -> None:
     metrics = Metrics(path)
     for step in (1, 2, 3, 4):
         metrics.write("train", step, loss=float(step))
-    metrics.cut_behind(2)
+    metrics.cut_behind(2, 0)
     metrics.write("train", 3, loss=30.0)
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_validation_that_the_checkpoint_does_not_know_is_dropped(path: Path) -> None:
+    """A start that was killed behind it, before the next checkpoint, would repeat it."""
+    metrics = Metrics(path)
+    for kind, step in (("validation", 24), ("train", 30), ("validation", 30)):
+        metrics.write(kind, step, loss=1.0)
+    metrics.cut_behind(30, 24)
+    assert [(line["kind"], line["step"]) for line in lines(path)] == [
+        ("validation", 24),
+        ("train", 30),
+    ]
 
 
 def test_a_torn_last_line_is_dropped(path: Path) -> None:
     Metrics(path).write("train", 1, loss=1.0)
     with open(path, "a") as file:
         file.write('{"kind": "train", "step": 2, "lo')
-    Metrics(path).cut_behind(5)
+    Metrics(path).cut_behind(5, -1)
     assert [line["step"] for line in lines(path)] == [1]
 
 
 def test_a_run_that_starts_afresh_drops_everything(path: Path) -> None:
     Metrics(path).write("validation", 0, loss=1.0)
-    Metrics(path).cut_behind(-1)
+    Metrics(path).cut_behind(-1, -1)
     assert path.read_text() == ""
 
 
