@@ -39,7 +39,7 @@ class Metrics:
         kept = []
         for line in lines:
             entry = _parsed(line)
-            if entry and entry["step"] <= min(step, last.get(entry.get("kind"), step)):
+            if entry and entry["step"] <= min(step, last.get(str(entry.get("kind")), step)):
                 kept.append(line)
         write_text(self.path, "".join(line + "\n" for line in kept))
 
