@@ -56,6 +56,20 @@ def _number(value: Any, row: int, where: str) -> float:
     return number
 
 
+def check_scores(labels: Labels, least: float, largest: float, where: str) -> None:
+    """Refuse scores that the task's scale does not have: unlabelled test rows have -1.
+
+    Raises:
+        InputError: names the first one.
+    """
+    for row, label in enumerate(map(float, labels)):
+        if not least <= label <= largest:
+            raise InputError(
+                f"{where}: row {row} has label {label}, outside {least:g}…{largest:g}; is this an "
+                "unlabelled test split?"
+            )
+
+
 def order_of(rows: Dataset, labels: Sequence[str], where: str) -> tuple[str, ...]:
     """The classes in the data's order: of its ClassLabel, else integers by value, else by name.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, Value, load_dataset
 
-from finetune.labels import Labels, model_order, number, order_of, read_labels
+from finetune.labels import Labels, check_scores, model_order, number, order_of, read_labels
 from finetune.settings import DataSettings
 from finetune.tables import LONGEST_TEXT, read_rows
 from potstill.console import say
@@ -29,6 +29,7 @@ class Task:
     validations: tuple[str, ...] = ("validation",)
     positive: str | None = None  # the class that F1 is about
     regression: bool = False
+    scores: tuple[float, float] | None = None  # the least and the largest label of a regression
 
 
 PAIR = ("sentence1", "sentence2")
@@ -38,7 +39,7 @@ TASKS: Mapping[str, Task] = {
         Task("cola", ("sentence",), ("mcc", "accuracy")),
         Task("sst2", ("sentence",)),
         Task("mrpc", PAIR, ("f1", "accuracy"), positive="equivalent"),
-        Task("stsb", PAIR, ("pearson", "spearman"), regression=True),
+        Task("stsb", PAIR, ("pearson", "spearman"), regression=True, scores=(0.0, 5.0)),
         Task("qqp", ("question1", "question2"), ("accuracy", "f1"), positive="duplicate"),
         Task(
             "mnli",
@@ -210,6 +211,8 @@ def _rows(task: Task, table: Dataset, where: str) -> Rows:
                 f"cut it to {LONGEST_TEXT} or fewer"
             )
     labels = read_labels(table, where, task.regression)
+    if task.scores is not None:
+        check_scores(labels, *task.scores, where)
     if not task.regression and labels and isinstance(labels[0], float):
         raise InputError(
             f"{where}: labels are floats; {task.name} has classes, so give integers, "

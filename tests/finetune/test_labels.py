@@ -3,7 +3,7 @@
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
-from finetune.labels import model_order, number, order_of, read_labels
+from finetune.labels import check_scores, model_order, number, order_of, read_labels
 from potstill.errors import InputError
 
 DATA = ("entailment", "neutral", "contradiction")
@@ -52,3 +52,9 @@ def test_float_labels_are_numbers() -> None:
 def test_a_label_that_training_lacks_is_named() -> None:
     with pytest.raises(InputError, match="row 1 has label 'b'"):
         number(["a", "b"], ["a"], "rows")
+
+
+def test_scores_outside_the_scale_are_refused_by_row() -> None:
+    check_scores([0.0, 2.5, 5.0], 0.0, 5.0, "data")
+    with pytest.raises(InputError, match="row 1 has label -1.0, outside 0…5; .*unlabelled"):
+        check_scores([0.0, -1.0], 0.0, 5.0, "data")
