@@ -398,13 +398,9 @@ def _begin(plan: Plan, learners: Sequence[Learner]) -> None:
 
 def _check_read_back(own: StudentPlan, engine: Any, state: EngineState) -> None:
     """Refuse an engine that does not have, bit by bit, the weights that it was given."""
-    right = holds(engine, state)
-
-    def refuse() -> None:
-        if not right:
-            raise InputError(f"{own.checkpoint}: DeepSpeed did not take its weights over")
-
-    from_main_rank(refuse)
+    right = holds(engine, state)  # rank 0 knows
+    if not from_main_rank(lambda: right):
+        raise InputError(f"{own.checkpoint}: DeepSpeed did not take its weights over")
 
 
 def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]:
