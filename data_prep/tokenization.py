@@ -68,6 +68,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
+    # Where it was looked for is of this machine: the files must be the same on and off line.
+    for name in ("local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(name, None)
     try:
         tokenizer.save_pretrained(folder)
     except OSError:

@@ -16,6 +16,7 @@ from data_prep.tokenization import (
     encoder_settings,
     load_tokenizer,
     pieces_change_tokens,
+    save_tokenizer,
     special_ids,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -236,3 +237,16 @@ def test_an_empty_corpus_or_tiny_size_cannot_be_learned_from(tmp_path: Path) -> 
         train_tokenizer(lambda: iter([" "]), 1000, tmp_path / "x")
     with pytest.raises(InputError, match="200 or more"):
         train_tokenizer(lambda: iter(["text"]), 10, tmp_path / "x")
+
+
+def test_the_same_tokenizer_is_the_same_bytes_on_and_off_line(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """The library writes down whether it was allowed to look at the hub."""
+    for local in (True, False):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=local)
+        save_tokenizer(tokenizer, tmp_path / str(local))
+    names = sorted(path.name for path in (tmp_path / "True").iterdir())
+    assert names
+    for name in names:
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
