@@ -16,7 +16,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from data_prep.tokenization import load_tokenizer
+from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 from finetune.model_checks import (
     check_a_row,
     check_positions,
@@ -27,7 +27,9 @@ from finetune.model_checks import (
     tokenizing,
     unusable,
 )
+from finetune.results import writing
 from finetune.tasks import Rows
+from finetune.token_cache import cached, key_of
 from potstill.errors import InputError
 from potstill.files import sha256_of, whole_folder
 from pretrain.model_folder import check_model_folder, check_size
@@ -157,8 +159,22 @@ def _only_errors() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_length: int) -> Dataset:
-    """Token ids of every row, cut to `max_length` and not yet padded, with `labels` (rows,)."""
+def encode(
+    classifier: Classifier,
+    rows: Rows,
+    labels: Sequence[float],
+    max_length: int,
+    kept: Path | None = None,
+) -> Dataset:
+    """Token ids of every row, cut to `max_length` and not yet padded, with `labels` (rows,).
+
+    Args:
+        kept: a folder to take them from, if a run before this one left them there.
+
+    Raises:
+        InputError: what is kept is damaged.
+        TrainingError: it cannot be written.
+    """
     settings = tokenizing(classifier.model, max_length)
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
@@ -167,7 +183,15 @@ def encode(classifier: Classifier, rows: Rows, labels: Sequence[float], max_leng
     columns = [f"text{index}" for index in range(len(rows.texts[0]))]
     texts = dict(zip(columns, zip(*rows.texts, strict=True), strict=True))
     table = Dataset.from_dict({**texts, "labels": list(labels)})
-    return table.map(tokenize, batched=True, remove_columns=columns, desc="tokenising")
+
+    def make() -> Dataset:
+        return table.map(tokenize, batched=True, remove_columns=columns, desc="tokenising")
+
+    if kept is None:
+        return make()
+    key = key_of(texts, list(labels), settings, tokenizer_fingerprint(classifier.tokenizer))
+    with writing(kept):
+        return cached(kept, key, make)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

@@ -22,6 +22,7 @@ from potstill.lock import Lock, hold
 from potstill.secrets import redacted
 
 PLACES = ("model", "data", "train_file", "validation_file")  # may move; the fingerprints may not
+ELSEWHERE = (*PLACES, "accumulation")  # the settings that may differ: an update stays what it is
 OWN = ("model", "config.json", "log.jsonl", "result.json")
 LOCK = ".lock"
 
@@ -135,7 +136,7 @@ def _is_this_run(folder: Path, here: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     there = redacted(_read_json(path))
-    names = [name for name in (*here, *(set(there) - set(here))) if name not in PLACES]
+    names = [name for name in (*here, *(set(there) - set(here))) if name not in ELSEWHERE]
     differing = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in names

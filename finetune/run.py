@@ -4,40 +4,14 @@ python finetune/run.py --model student/ --task rte --data glue/ --output runs/rt
 python finetune/run.py --model student/ --train_file a.csv --validation_file b.csv --output runs/own
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-
-from finetune import results
-from finetune.classifier import (
-    Classifier,
-    encode,
-    fingerprint,
-    load_classifier,
-    output_names,
-    potstill_facts,
-    save_classifier,
-)
-from finetune.scores import Scores, majority
-from finetune.settings import DataSettings, RunSettings, TrainSettings, parse
-from finetune.tasks import TaskData, load
-from finetune.training import (
-    fine_tune,
-    make_scorer,
-    make_trainer,
-    positive_index,
-    scores_by_epoch,
-)
+from finetune.settings import parse
+from finetune.trial import run_trial
 from potstill.console import program, say
 from potstill.signals import Signalled, Stopped, raised_signals
-from pretrain.environment import describe_environment
-
-Labels = Mapping[str, Sequence[int] | Sequence[float]]
 
 
 @program
@@ -45,124 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune as the command line says; `arguments` stands in for it."""
     try:
         with raised_signals():
-            run(arguments)
+            where, data, settings = parse(arguments)
+            report(run_trial(where, data, settings), Path(where.output))
     except Signalled as signalled:
         kept = "no result is kept: run the same command again, and it starts anew"
         raise Stopped(signalled.number, kept) from None
-
-
-def run(arguments: Sequence[str] | None) -> None:
-    """Read and check all, claim the folder, train."""
-    where, data_settings, settings = parse(arguments)
-    use_one_device()
-    model_folder, output = Path(where.model), Path(where.output)
-    results.check_output(output)
-
-    data = load(data_settings)
-    order = data.order_for(output_names(model_folder))
-    labels = data.numbered(order)
-    classifier = load_classifier(model_folder, order, data_settings.max_length, settings.seed)
-    classifier.check_epochs(settings.epochs)
-    origin = potstill_facts(model_folder)
-    config = describe(where, data_settings, settings, data)
-    with results.claim(output, config):
-        if results.read_result(output) is not None:
-            say(f"finished already: {output / 'result.json'}")
-            return
-        announce(classifier, data, order)
-        encoded = {
-            split: encode(classifier, rows, labels[split], data_settings.max_length)
-            for split, rows in data.splits.items()
-        }
-        trainer = make_trainer(classifier, encoded, make_scorer(data, order), settings, output)
-        seconds = fine_tune(trainer, settings.epochs)
-        if where.save_model:
-            with results.writing(output):
-                save_classifier(classifier, output / "model")
-
-        result = {
-            "model": where.model,
-            "task": data.task.name,
-            "settings": config,
-            "potstill": origin,
-            **facts(classifier, data, order),
-            **volume(encoded, seconds, settings.epochs, data_settings.max_length),
-            **scores_by_epoch(trainer, data),
-            "majority": baselines(data, labels, order),
-            "precision": "bf16" if trainer.args.bf16 else "fp32",
-            "environment": describe_environment(world_size=1),
-        }
-        results.write_result(output, result, trainer.state.log_history)
-        report(result, output)
-
-
-def use_one_device() -> None:
-    """Hide all GPUs but the first: the Trainer would multiply --batch_size by their number."""
-    if torch.backends.cuda.is_built():  # asking for the number itself could fix it for good
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-
-
-def describe(
-    run: RunSettings, data_settings: DataSettings, settings: TrainSettings, data: TaskData
-) -> dict[str, Any]:
-    """What makes this run this run: every setting, and the fingerprints of model and data."""
-    named = {**asdict(data_settings), "task": data.task.name}
-    return {
-        "model": run.model,
-        "model_sha256": fingerprint(Path(run.model)),
-        "data_sha256": data.sha256,
-        "save_model": run.save_model,
-        **named,
-        **asdict(settings),
-    }
-
-
-def announce(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> None:
-    """Say what is about to be trained on what, and what starts untrained."""
-    rows = ", ".join(f"{split} {len(part.labels)}" for split, part in data.splits.items())
-    say(f"{data.task.name}: {rows} rows; labels {', '.join(order) or 'numbers'}")
-    if order != data.label_names:
-        say(f"the model's order of labels is kept; the data has {', '.join(data.label_names)}")
-    if classifier.fresh_parameters:
-        say(f"starting untrained: {', '.join(classifier.fresh_parameters)}")
-
-
-def facts(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> dict[str, Any]:
-    """What the result says of model and data."""
-    return {
-        "parameters": sum(weights.numel() for weights in classifier.model.parameters()),
-        "fresh_parameters": list(classifier.fresh_parameters),
-        "source": data.source,
-        "rows": {split: len(part.labels) for split, part in data.splits.items()},
-        "label_names": list(order),
-    }
-
-
-def volume(
-    encoded: Mapping[str, Dataset], seconds: Mapping[str, float], epochs: int, max_length: int
-) -> dict[str, Any]:
-    """Time and tokens; `cut_rows` counts the rows that fill max_length, so perhaps were longer."""
-    lengths = {split: [len(row) for row in rows["input_ids"]] for split, rows in encoded.items()}
-    tokens = sum(lengths["train"]) * epochs
-    return {
-        "seconds": dict(seconds),
-        "train_tokens": tokens,
-        "tokens_per_second": tokens / seconds["training"] if epochs else None,
-        "cut_rows": {split: sum(n >= max_length for n in ns) for split, ns in lengths.items()},
-    }
-
-
-def baselines(data: TaskData, labels: Labels, order: tuple[str, ...]) -> dict[str, Scores]:
-    """Scores of the constant answer on every validation split."""
-    positive = positive_index(data, order)
-    return {
-        split: majority(
-            data.task.metrics, labels["train"], labels[split], data.task.regression, positive
-        )
-        for split in data.splits
-        if split != "train"
-    }
 
 
 def report(result: Mapping[str, Any], output: Path) -> None:

@@ -25,6 +25,9 @@ class RunSettings:
     model: str = field(metadata={"help": "folder of the model, with its tokenizer"})
     output: str = field(metadata={"help": "folder of the run; result.json appears there"})
     save_model: bool = _flag(True, "keep the fine-tuned model in OUTPUT/model")
+    tokenised: str | None = _flag(
+        None, "folder that keeps token ids, so that runs on the same rows share them"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class TrainSettings:
 
     lr: float = _flag(5e-5, "peak learning rate")
     batch_size: int = _flag(32, "rows per update")
+    accumulation: int = _flag(1, "parts in which a batch is computed, to save memory")
     epochs: int = _flag(3, "passes over the training rows; 0 only evaluates a fine-tuned model")
     seed: int = _flag(0, "seed of the fresh head, dropout and the order of rows")
     warmup: float = _flag(0.06, "share of the updates in which the learning rate rises")
@@ -77,6 +81,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _between("batch_size", self.batch_size, 1, 1_000_000)
+        _between("accumulation", self.accumulation, 1, self.batch_size)
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"--accumulation {self.accumulation} does not divide --batch_size "
+                f"{self.batch_size}; give a divisor of it"
+            )
         _between("epochs", self.epochs, 0, 100_000)
         _between("seed", self.seed, 0, LARGEST_SEED)
         if not 0 < self.lr <= 1:
@@ -109,7 +119,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunSettings, DataSettings, T
         look_for_args_file=False,
         return_remaining_strings=True,
     )
-    for text in (run.model, run.output, data.data, data.train_file, data.validation_file):
+    paths = (run.model, run.output, run.tokenised, data.data, data.train_file, data.validation_file)
+    for text in paths:
         if text is not None and not fits_a_line(text):
             raise InputError(
                 f"{text!r}: a path with a line break, another control character or bytes that are "

@@ -79,6 +79,11 @@ class TaskData:
     source: str
     sha256: str | None  # of the local files
 
+    @property
+    def main_split(self) -> str:
+        """The validation split whose scores decide."""
+        return next(split for split in self.splits if split != "train")
+
     def numbered(self, order: tuple[str, ...]) -> dict[str, list[int] | list[float]]:
         """The labels of every split as the model sees them: places in `order`, or numbers."""
         if self.task.regression:

@@ -28,6 +28,8 @@ from finetune.tasks import TaskData
 from potstill.errors import TrainingError
 
 LOGS_A_RUN = 50
+OnEpoch = Callable[[int, float | None], bool]
+"""Given an epoch's number (from 1) and main score (None: undefined), whether to go on."""
 
 
 class StopWhenNotFinite(TrainerCallback):
@@ -38,6 +40,20 @@ class StopWhenNotFinite(TrainerCallback):
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss} at step {state.global_step}; lower --lr")
+
+
+class AskEveryEpoch(TrainerCallback):
+    """Ends the training where `on_epoch` says so, once the first validation split is scored."""
+
+    def __init__(self, on_epoch: OnEpoch, main: str) -> None:
+        self._on_epoch, self._main = on_epoch, main
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        """Called by the Trainer behind every epoch, for each validation split."""
+        if self._main in metrics and not self._on_epoch(round(state.epoch), metrics[self._main]):
+            control.should_training_stop = True
 
 
 def positive_index(data: TaskData, order: tuple[str, ...]) -> int:
@@ -74,13 +90,19 @@ def make_trainer(
     scorer: Callable[[EvalPrediction], Scores],
     settings: TrainSettings,
     output: Path,
+    main: str,
+    on_epoch: OnEpoch | None = None,
 ) -> Trainer:
-    """A Trainer over the encoded splits; it writes nothing into `output` by itself."""
+    """A Trainer over the encoded splits; it writes nothing into `output` by itself.
+
+    `on_epoch` is asked for every score called `main`.
+    """
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(output),
         learning_rate=settings.lr,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
         per_device_eval_batch_size=max(settings.batch_size, 64),
         num_train_epochs=settings.epochs,
         seed=settings.seed,
@@ -107,7 +129,10 @@ def make_trainer(
         data_collator=DataCollatorWithPadding(classifier.tokenizer),
         processing_class=classifier.tokenizer,
         compute_metrics=scorer,
-        callbacks=[StopWhenNotFinite()],
+        callbacks=[
+            StopWhenNotFinite(),
+            *([AskEveryEpoch(on_epoch, main)] if on_epoch else []),
+        ],
     )
 
 
@@ -153,7 +178,7 @@ def scores_by_epoch(trainer: Trainer, data: TaskData) -> dict[str, Any]:
                 name: line[f"eval_{split}_{name}"] for name in data.task.metrics
             }
     entries = list(epochs.values())
-    main = {"split": splits[0], "metric": data.task.metrics[0]}
+    main = {"split": data.main_split, "metric": data.task.metrics[0]}
     best = max(entries, key=lambda entry: _rank(entry["scores"][main["split"]][main["metric"]]))
     return {"main": main, "epochs": entries, "last": entries[-1], "best": best}
 

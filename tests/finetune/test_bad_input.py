@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig
 
 from finetune.results import claim
-from finetune.run import use_one_device
+from finetune.trial import use_one_device
 from potstill.errors import InputError
 from tests.finetune.conftest import mnli_rows, run_program, write_parquet
 
@@ -429,7 +429,7 @@ def test_a_damaged_run_is_kept_and_named_before_anything_is_read(
     (run / name).write_text('{"cut')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.run.load", lambda _: pytest.fail("the data was read"))
+        patch.setattr("finetune.trial.load", lambda _: pytest.fail("the data was read"))
         with pytest.raises(SystemExit):
             run_program(("--model", bert, "--task", "rte"), run)
     assert f"error: {run / name}: cannot be read" in capsys.readouterr().err
@@ -466,7 +466,7 @@ def test_a_signal_ends_a_run_with_one_line(
 
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("finetune.run.load", stopped)
+        patch.setattr("finetune.trial.load", stopped)
         run_program(("--model", bert, "--task", "rte"), tmp_path / "run")
     assert stop.value.code == status
     lines = capsys.readouterr().err.splitlines()

@@ -1,0 +1,44 @@
+"""Token ids that several runs share: one folder per set of rows, tokenizer and way of cutting.
+
+FOLDER/KEY/    a folder of the `datasets` library; KEY is a SHA-256 of all that decides the ids
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+
+from potstill.errors import InputError
+from potstill.files import whole_folder
+
+
+def key_of(*parts: Any) -> str:
+    """A SHA-256 of values that JSON can hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def cached(folder: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
+    """What `make` gives, from `folder` where a run left it there before.
+
+    Two runs that make it at once write the same; each reads a whole one.
+
+    Raises:
+        InputError: what is there is damaged.
+        OSError: it cannot be written.
+    """
+    place = folder / key
+    if not place.is_dir():
+        with whole_folder(place) as beside:
+            make().save_to_disk(beside)
+    try:
+        kept = load_from_disk(place)
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise InputError(f"{place}: damaged token ids ({error}); remove the folder") from error
+    assert isinstance(kept, Dataset)
+    return kept
