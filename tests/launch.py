@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pydoc_data.topics
+import shutil
 import socket
 import subprocess
 import sys
@@ -104,9 +105,7 @@ def cut_rows(shards: Path, output: Path) -> None:
         (file,) = manifest.of_split(split)
         (output / file.name).write_bytes(shard_image(rows.astype(token_dtype(manifest.vocab_size))))
         files.append(dataclasses.replace(file, sha256=sha256_of(output / file.name)))
-    AutoTokenizer.from_pretrained(shards / TOKENIZER_FOLDER).save_pretrained(
-        output / TOKENIZER_FOLDER
-    )
+    shutil.copytree(shards / TOKENIZER_FOLDER, output / TOKENIZER_FOLDER)
     write_manifest(output, dataclasses.replace(manifest, files=files))
 
 
