@@ -196,14 +196,15 @@ def _build_learner(
     metrics = Metrics(None if config.run.dry_run else own.member.folder / "metrics.jsonl")
 
     def export(target: Path, step: int) -> None:
-        facts = _facts(plan, own, target.name, step)
+        flops = learner.progress.flops
+        facts = {**_facts(plan, own, target.name, step), "FLOPs": flops}
         rows, shards = data.probe(PROBE_ROWS), Path(str(config.data.data))
         difference = export_student(engine, frozen, untrained, facts, shards, target, rows)
         path = str(target.relative_to(own.member.folder))
         metrics.write("event", step, event="export", path=path, max_abs_difference=difference)
         say(f"step {step}: student in {target} (reopened, logits within {difference})")
 
-    return Learner(
+    learner = Learner(
         name=own.member.name,
         folder=own.member.folder,
         engine=engine,
@@ -219,6 +220,7 @@ def _build_learner(
         probe=saved_probe,
         held_out=from_main_rank(lambda: metrics.last_validation(start.step)),
     )
+    return learner
 
 
 def _read_checkpoint(

@@ -158,6 +158,17 @@ def test_the_model_card_says_where_the_student_comes_from(
         assert str(fact) in card, fact  # 6 steps x 4 rows x 32 tokens = 768
 
 
+def test_what_a_student_cost_stands_beside_it(folder: Path) -> None:
+    """Teacher and student so far: a marker after 1 of 10 steps cost a tenth."""
+    run = folder / "pretrained"
+    spent = {
+        place: json.loads((run / place / "potstill.json").read_text())["FLOPs"]
+        for place in ("markers/0.10", "student")
+    }
+    assert spent["student"] == metrics(run, "train")[-1]["flops"]
+    assert spent["markers/0.10"] == pytest.approx(spent["student"] / 10)
+
+
 def test_markers_are_exported_on_the_way(folder: Path) -> None:
     run = folder / "pretrained"
     steps = {
