@@ -51,6 +51,8 @@ demo: $(VENV)/.installed
 	python -m examples.demo --output "$(DEMO)"
 
 test: $(VENV)/.test-installed
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+		echo "no chromium here: the tests of the report's page in a browser are skipped"
 	python -m pytest $(TESTS)
 
 check: $(VENV)/.test-installed

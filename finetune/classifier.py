@@ -1,4 +1,4 @@
-"""A model folder as a classifier: tokenizer, encoder, and a head that fits the task's labels.
+"""A model folder as a model of a task: tokenizer, encoder, and a head that fits the task.
 
 A folder's own Python code never runs: without `trust_remote_code=False` the library would ask.
 """
@@ -118,19 +118,34 @@ def load_classifier(folder: Path, order: Sequence[str], max_length: int, seed: i
             embeds, encoder weights are missing or not finite, the model is too short for
             `max_length`, or it cannot compute a row, or be saved.
     """
+    names = list(order) or ["score"]
+    return load_with_head(
+        AutoModelForSequenceClassification,
+        folder,
+        max_length,
+        seed,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        problem_type="single_label_classification" if order else "regression",
+    )
+
+
+def load_with_head(kind: Any, folder: Path, max_length: int, seed: int, **head: Any) -> Classifier:
+    """Load tokenizer and model with the library's class `kind`; `head` goes into its config.
+
+    Raises:
+        InputError: as `load_classifier`.
+    """
     config = _config(folder)
     check_size(folder, config, "--model")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(folder, tokenizer, config)
     transformers.set_seed(seed)
-    names = list(order) or ["score"]
     try:
         with _only_errors():
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
+            model, loading = kind.from_pretrained(
                 folder,
-                id2label=dict(enumerate(names)),
-                label2id={name: index for index, name in enumerate(names)},
-                problem_type="single_label_classification" if order else "regression",
+                **head,
                 dtype=torch.float32,  # the library's default is the file's own, be it bfloat16
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -162,13 +177,14 @@ def _only_errors() -> Iterator[None]:
 def encode(
     classifier: Classifier,
     rows: Rows,
-    labels: Sequence[float],
+    labels: Sequence[float] | None,
     max_length: int,
     kept: Path | None = None,
 ) -> Dataset:
     """Token ids of every row, cut to `max_length` and not yet padded, with `labels` (rows,).
 
     Args:
+        labels: None for rows to be predicted.
         kept: a folder to take them from, if a run before this one left them there.
 
     Raises:
@@ -182,14 +198,15 @@ def encode(
 
     columns = [f"text{index}" for index in range(len(rows.texts[0]))]
     texts = dict(zip(columns, zip(*rows.texts, strict=True), strict=True))
-    table = Dataset.from_dict({**texts, "labels": list(labels)})
+    targets = {} if labels is None else {"labels": list(labels)}
+    table = Dataset.from_dict({**texts, **targets})
 
     def make() -> Dataset:
         return table.map(tokenize, batched=True, remove_columns=columns, desc="tokenising")
 
     if kept is None:
         return make()
-    key = key_of(texts, list(labels), settings, tokenizer_fingerprint(classifier.tokenizer))
+    key = key_of(texts, targets, settings, tokenizer_fingerprint(classifier.tokenizer))
     with writing(kept):
         return cached(kept, key, make)
 

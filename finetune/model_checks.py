@@ -86,7 +86,8 @@ def check_a_row(folder: Path, model: Any, tokenizer: Any, max_length: int) -> No
             "a", "b", return_tensors="pt", **tokenizing(model, max(LONGEST_PROBE, needed))
         )
         with torch.random.fork_rng(), torch.no_grad():
-            finite = model(**row).logits.isfinite().all()
+            outputs = model(**row).to_tuple()  # logits; of a model of spans those of start and end
+            finite = all(logits.isfinite().all() for logits in outputs)
         model.eval()  # as it was loaded
     except Exception as error:  # a wrong value raises whatever its first use happens to raise
         raise unusable(folder, "cannot compute a row", error) from error

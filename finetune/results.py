@@ -3,6 +3,7 @@
 OUTPUT/config.json     settings, and the fingerprints of model and data
 OUTPUT/log.jsonl       what the Trainer logged, a JSON object a line
 OUTPUT/model/          the fine-tuned model and its tokenizer
+OUTPUT/predictions.json, nbest.json    SQuAD: the answers after the last epoch
 OUTPUT/result.json     scores; written last, so that its presence says that all is there
 OUTPUT/.lock           held by the process that runs there
 """
@@ -23,7 +24,7 @@ from potstill.secrets import redacted
 
 PLACES = ("model", "data", "train_file", "validation_file")  # may move; the fingerprints may not
 ELSEWHERE = (*PLACES, "accumulation")  # the settings that may differ: an update stays what it is
-OWN = ("model", "config.json", "log.jsonl", "result.json")
+OWN = ("model", "config.json", "log.jsonl", "result.json", "predictions.json", "nbest.json")
 LOCK = ".lock"
 
 
@@ -72,6 +73,18 @@ def check_output(folder: Path) -> None:
     Raises:
         InputError: it cannot be written, it holds other files, or a run whose files are damaged.
     """
+    check_writable(folder)
+    if (folder / "config.json").exists():
+        _read_json(folder / "config.json")
+        read_result(folder)
+    elif folder.exists() and not _only_leftovers(folder):
+        raise InputError(
+            f"--output {folder}: not empty and not a fine-tuning run; give a new folder"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an InputError where `folder` is none, or can neither be written nor made."""
     places = (folder, *folder.absolute().parents)
     try:
         there = next(place for place in places if _exists(place))
@@ -81,13 +94,6 @@ def check_output(folder: Path) -> None:
         raise InputError(f"--output {folder}: {there} is no folder; give another one")
     if not os.access(there, os.W_OK):
         raise InputError(f"--output {folder}: the folder cannot be written; give another one")
-    if (folder / "config.json").exists():
-        _read_json(folder / "config.json")
-        read_result(folder)
-    elif folder.exists() and not _only_leftovers(folder):
-        raise InputError(
-            f"--output {folder}: not empty and not a fine-tuning run; give a new folder"
-        )
 
 
 def _exists(place: Path) -> bool:

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 from potstill.errors import InputError
 from potstill.text import fits_a_line
 
+SPANS = "squad"  # the task whose rows are questions, and whose answers are spans of a context
 MOST = 2**31 - 1  # what counts rows and tokens in the libraries
 LARGEST_SEED = 2**32 - 1  # numpy's
 
@@ -34,14 +35,21 @@ class RunSettings:
 class DataSettings:
     """The task: one of GLUE, or the user's own files."""
 
-    task: str | None = _flag(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli")
-    data: str | None = _flag(None, "folder with TASK/train.parquet …; without it, from the hub")
+    task: str | None = _flag(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or squad")
+    data: str | None = _flag(
+        None, "folder with TASK/train.parquet or glue/TASK/train.parquet; without it, from the hub"
+    )
     train_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
     validation_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
     regression: bool = _flag(
         False, "own task: read the labels as numbers (float labels always are)"
     )
-    max_length: int = _flag(128, "longest row in tokens; what is longer is cut")
+    max_length: int = _flag(  # None becomes the task's default below
+        None, "longest row in tokens (128, squad 384); what is longer is cut, squad's into windows"
+    )
+    doc_stride: int | None = _flag(None, "squad: tokens that two windows share (128)")
+    max_answer_length: int | None = _flag(None, "squad: longest answer in tokens (30)")
+    n_best: int | None = _flag(None, "squad: answers a question that nbest.json keeps (20)")
     max_train_rows: int | None = _flag(None, "train on this many evenly spaced rows only")
     max_validation_rows: int | None = _flag(None, "validate on this many evenly spaced rows only")
 
@@ -60,8 +68,26 @@ class DataSettings:
             raise InputError(
                 "--regression is for your own files; --task stsb is a regression as is"
             )
+        fill_lengths(self)
         for name in ("max_length", "max_train_rows", "max_validation_rows"):
             _between(name, getattr(self, name), 1, MOST)
+
+
+def fill_lengths(settings: Any) -> None:
+    """Give the lengths that were left out (None) the values of the settings' task, and check them.
+
+    Raises:
+        InputError: a length of windows and answers is given for a task without them, or is wrong.
+    """
+    if settings.max_length is None:
+        object.__setattr__(settings, "max_length", 384 if settings.task == SPANS else 128)
+    for name, value in {"doc_stride": 128, "max_answer_length": 30, "n_best": 20}.items():
+        given = getattr(settings, name)
+        if settings.task == SPANS:
+            object.__setattr__(settings, name, value if given is None else given)
+        elif given is not None:
+            raise InputError(f"--{name} is for --task {SPANS}; leave it out")
+        _between(name, given, 0 if name == "doc_stride" else 1, 10_000)
 
 
 @dataclass(frozen=True)
@@ -109,28 +135,42 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunSettings, DataSettings, T
         InputError: a flag is unknown, or its value makes no sense.
         SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
     """
-    parser = HfArgumentParser(
-        [RunSettings, DataSettings, TrainSettings],
-        description="Fine-tune an encoder on one labelled task and score it after every epoch.",
-        allow_abbrev=False,
+    run, data, train = read_flags(
+        (RunSettings, DataSettings, TrainSettings),
+        "Fine-tune an encoder on one labelled task and score it after every epoch.",
+        arguments,
     )
-    run, data, train, unknown = parser.parse_args_into_dataclasses(
+    check_model_given(run.model)
+    return run, data, train
+
+
+def read_flags(kinds: Sequence[Any], description: str, arguments: Sequence[str] | None) -> Any:
+    """The command line (`None`: of this process) as one object of each of the dataclasses `kinds`.
+
+    Raises:
+        InputError, SystemExit: as `parse`.
+    """
+    parser = HfArgumentParser(list(kinds), description=description, allow_abbrev=False)
+    *found, unknown = parser.parse_args_into_dataclasses(
         None if arguments is None else list(arguments),
         look_for_args_file=False,
         return_remaining_strings=True,
     )
-    paths = (run.model, run.output, run.tokenised, data.data, data.train_file, data.validation_file)
-    for text in paths:
-        if text is not None and not fits_a_line(text):
+    for text in [text for one in found for text in vars(one).values()]:
+        if isinstance(text, str) and not fits_a_line(text):
             raise InputError(
                 f"{text!r}: a path with a line break, another control character or bytes that are "
                 "no UTF-8; rename it"
             )
     if unknown:
         raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
-    if not os.path.isdir(run.model):
+    return found
+
+
+def check_model_given(model: str) -> None:
+    """Raise an InputError where the model's folder is not there."""
+    if not os.path.isdir(model):
         raise InputError(
-            f"--model {run.model}: no such folder; give a folder with config.json, "
+            f"--model {model}: no such folder; give a folder with config.json, "
             "model.safetensors and a tokenizer"
         )
-    return run, data, train

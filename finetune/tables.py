@@ -51,6 +51,20 @@ def _check_names(path: Path, names: Sequence[str], columns: tuple[str, ...]) -> 
 
 
 def _read_parquet(path: Path, columns: tuple[str, ...]) -> Dataset:
+    table = read_parquet(path, columns)
+    plain = _plain_schema(path, table.schema)
+    # `pa.table` alone would keep the metadata of the file
+    return Dataset(pa.table(table, schema=plain).replace_schema_metadata(plain.metadata))
+
+
+def read_parquet(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """Those of `columns` that a Parquet file has, checked as bytes but of whatever types.
+
+    Raises:
+        InputError: the file is missing or damaged, or a column stands twice.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
     try:
         # through a file object: a path makes pyarrow look for partitions in folders' names
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
@@ -58,14 +72,12 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Dataset:
             _check_names(path, names, columns)
             table = file.read(columns=[name for name in columns if name in names])
             table.validate(full=True)  # of damaged offsets nobody else would notice
+            return table
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise InputError(
             f"{path}: not a whole Parquet file ({reason}); copy or make it again"
         ) from error
-    plain = _plain_schema(path, table.schema)
-    # `pa.table` alone would keep the metadata of the file
-    return Dataset(pa.table(table, schema=plain).replace_schema_metadata(plain.metadata))
 
 
 def _plain_schema(path: Path, schema: pa.Schema) -> pa.Schema:

@@ -3,20 +3,21 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Value, load_dataset
 
 from finetune.labels import Labels, check_scores, model_order, number, order_of, read_labels
-from finetune.settings import DataSettings
+from finetune.settings import SPANS, DataSettings
 from finetune.tables import LONGEST_TEXT, read_rows
 from potstill.console import say
 from potstill.errors import InputError
 from potstill.files import sha256_of
 
 HUB = "nyu-mll/glue"
+SQUAD_HUB = "rajpurkar/squad"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,16 @@ TASKS: Mapping[str, Task] = {
         Task("qnli", ("question", "sentence")),
         Task("rte", PAIR),
         Task("wnli", PAIR),
+        Task(SPANS, ("question", "context"), ("f1", "em")),
     )
 }
+
+
+def evenly_spaced(rows: int, most: int | None) -> Sequence[int]:
+    """Places of at most `most` of `rows` rows (None: all): many files are sorted by source."""
+    if most is None or most >= rows:
+        return range(rows)
+    return [index * rows // most for index in range(most)]
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,12 @@ class Rows:
     texts: list[tuple[str, ...]]
     labels: Labels
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def first(self, most: int | None) -> "Rows":
-        """At most `most` rows, evenly spaced over the file: many files are sorted by source."""
-        if most is None or most >= len(self.labels):
-            return self
-        kept = [index * len(self.labels) // most for index in range(most)]
+        """At most `most` rows, evenly spaced over the file."""
+        kept = evenly_spaced(len(self), most)
         labels: Labels = [self.labels[i] for i in kept]  # type: ignore[assignment]
         return Rows([self.texts[i] for i in kept], labels)
 
@@ -113,24 +123,45 @@ def load(settings: DataSettings) -> TaskData:
     """
     if settings.task is None:
         return _load_own(settings)
-    if settings.task not in TASKS:
-        near = difflib.get_close_matches(settings.task, TASKS, cutoff=0.3) or list(TASKS)
-        raise InputError(f"--task {settings.task}: unknown; did you mean {' or '.join(near)}?")
-    task = TASKS[settings.task]
+    task = task_named(settings.task)
+    if task.name == SPANS:
+        raise InputError(f"--task {SPANS}: its answers are no labels; give a task with labels")
     if settings.data is None:
-        return _assemble(task, _from_hub(task), f"hub: {HUB}", None, settings)
-    paths = _local_paths(task, Path(settings.data))
+        return _assemble(task, from_hub(task, HUB, task.name), f"hub: {HUB}", None, settings)
+    paths = local_paths(task, Path(settings.data))
     tables = {split: read_rows(path, (*task.texts, "label")) for split, path in paths.items()}
     return _assemble(task, tables, str(Path(settings.data)), list(paths.values()), settings)
 
 
-def _local_paths(task: Task, data: Path) -> dict[str, Path]:
-    folder = data / task.name
-    if not os.path.isdir(folder):
-        raise InputError(
-            f"--data {data}: no folder {task.name}/ in it; give the folder that holds "
-            f"{task.name}/train.parquet"
-        )
+def task_named(name: str) -> Task:
+    """The task; raises an InputError with the nearest names for an unknown one."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, cutoff=0.3) or list(TASKS)
+        raise InputError(f"--task {name}: unknown; did you mean {' or '.join(near)}?")
+    return TASKS[name]
+
+
+def task_folder(name: str, data: Path) -> Path:
+    """DATA/NAME, or DATA/glue/NAME, so that one folder may hold GLUE and SQuAD.
+
+    Raises:
+        InputError: there is neither.
+    """
+    for folder in (data / name, data / "glue" / name):
+        if os.path.isdir(folder):
+            return folder
+    raise InputError(
+        f"--data {data}: no folder {name}/ in it; give the folder that holds {name}/train.parquet"
+    )
+
+
+def local_paths(task: Task, data: Path) -> dict[str, Path]:
+    """The files of the splits; a second validation split may be missing, which is said.
+
+    Raises:
+        InputError: the task has no folder in `data`.
+    """
+    folder = task_folder(task.name, data)
     paths = {split: folder / f"{split}.parquet" for split in ("train", *task.validations)}
     for split in task.validations[1:]:
         if not paths[split].exists():
@@ -139,13 +170,14 @@ def _local_paths(task: Task, data: Path) -> dict[str, Path]:
     return paths
 
 
-def _from_hub(task: Task) -> dict[str, Dataset]:
+def from_hub(task: Task, hub: str, config: str | None) -> dict[str, Dataset]:
+    """The splits of the data set `hub`; raises an InputError where it cannot be had."""
     try:
-        found = load_dataset(HUB, task.name)
+        found = load_dataset(hub, config)
     except Exception as error:  # the ways in which a network and a hub can fail
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{HUB} {task.name} cannot be loaded from the hub ({reason}); "
+            f"{hub} {task.name} cannot be loaded from the hub ({reason}); "
             "give --data with local files"
         ) from error
     return {split: found[split] for split in ("train", *task.validations)}
@@ -194,7 +226,7 @@ def _assemble(
         split: rows.first(limits.get(split, settings.max_validation_rows))
         for split, rows in splits.items()
     }
-    return TaskData(task, cut, names, source, _sha256(paths))
+    return TaskData(task, cut, names, source, None if paths is None else sha256_together(paths))
 
 
 def _rows(task: Task, table: Dataset, where: str) -> Rows:
@@ -204,17 +236,7 @@ def _rows(task: Task, table: Dataset, where: str) -> Rows:
                 f"{where}: no column {column!r}; the task has the columns "
                 f"{', '.join(task.texts)} and label"
             )
-    texts = list(zip(*(table[column] for column in task.texts), strict=True))
-    for row, parts in enumerate(texts):
-        if not all(isinstance(part, str) for part in parts):
-            raise InputError(
-                f"{where}: row {row} has {str(parts)[:200]} where a text belongs; mend or drop it"
-            )
-        if max(map(len, parts)) > LONGEST_TEXT:
-            raise InputError(
-                f"{where}: row {row} has a text of {max(map(len, parts))} characters; "
-                f"cut it to {LONGEST_TEXT} or fewer"
-            )
+    texts = check_texts(list(zip(*(table[name] for name in task.texts), strict=True)), where)
     labels = read_labels(table, where, task.regression)
     if task.scores is not None:
         check_scores(labels, *task.scores, where)
@@ -226,7 +248,21 @@ def _rows(task: Task, table: Dataset, where: str) -> Rows:
     return Rows(texts, labels)
 
 
-def _sha256(paths: list[Path] | None) -> str | None:
-    if paths is None:
-        return None
+def check_texts(texts: list[tuple[str, ...]], where: str) -> list[tuple[str, ...]]:
+    """The texts of the rows as they are; an InputError names the first that is none or too long."""
+    for row, parts in enumerate(texts):
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(
+                f"{where}: row {row} has {str(parts)[:200]} where a text belongs; mend or drop it"
+            )
+        if max(map(len, parts)) > LONGEST_TEXT:
+            raise InputError(
+                f"{where}: row {row} has a text of {max(map(len, parts))} characters; "
+                f"cut it to {LONGEST_TEXT} or fewer"
+            )
+    return texts
+
+
+def sha256_together(paths: Sequence[Path]) -> str:
+    """One SHA-256 for several files."""
     return hashlib.sha256("".join(sha256_of(path) for path in paths).encode()).hexdigest()

@@ -13,6 +13,9 @@ from datasets import Dataset, load_from_disk
 
 from potstill.errors import InputError
 from potstill.files import whole_folder
+from potstill.lock import hold_soon
+
+PATIENCE_SECONDS = 2 * 3600.0  # more than any task takes to tokenise
 
 
 def key_of(*parts: Any) -> str:
@@ -26,16 +29,20 @@ def key_of(*parts: Any) -> str:
 def cached(folder: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
     """What `make` gives, from `folder` where a run left it there before.
 
-    Two runs that make it at once write the same; each reads a whole one.
+    Of runs that need it at once, one makes it and the others wait.
 
     Raises:
-        InputError: what is there is damaged.
+        InputError: what is there is damaged, or another run takes hours to make it.
         OSError: it cannot be written.
     """
     place = folder / key
     if not place.is_dir():
-        with whole_folder(place) as beside:
-            make().save_to_disk(beside)
+        folder.mkdir(parents=True, exist_ok=True)
+        message = f"{place}: another run makes these token ids; wait for it"
+        with hold_soon(folder / f".{key}.lock", message, PATIENCE_SECONDS):
+            if not place.is_dir():
+                with whole_folder(place) as beside:
+                    make().save_to_disk(beside)
     try:
         kept = load_from_disk(place)
     except Exception as error:  # whatever the library makes of a damaged file

@@ -6,9 +6,9 @@ warm-up, then linear decay to zero; batches of like lengths, padded to their lon
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,12 +24,27 @@ from transformers import (
 from finetune.classifier import Classifier
 from finetune.scores import Scores, score
 from finetune.settings import TrainSettings
-from finetune.tasks import TaskData
+from finetune.tasks import Task, TaskData
 from potstill.errors import TrainingError
 
 LOGS_A_RUN = 50
 OnEpoch = Callable[[int, float | None], bool]
 """Given an epoch's number (from 1) and main score (None: undefined), whether to go on."""
+
+
+class HeadData(Protocol):
+    """A task's rows: `splits` has "train" and every validation split that there is."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def splits(self) -> Mapping[str, Sized]: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str | None: ...
+    @property
+    def main_split(self) -> str: ...
 
 
 class StopWhenNotFinite(TrainerCallback):
@@ -84,6 +99,17 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def on_this_machine(precision: str) -> dict[str, Any]:
+    """What every Trainer here is told: where it computes and in what, and to report nowhere."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "use_cpu": not on_gpu,
+        "bf16": precision == "bf16" or (precision == "auto" and has_bf16()),
+        "dataloader_pin_memory": on_gpu,
+        "report_to": [],
+    }
+
+
 def make_trainer(
     classifier: Classifier,
     encoded: Mapping[str, Dataset],
@@ -92,13 +118,14 @@ def make_trainer(
     output: Path,
     main: str,
     on_epoch: OnEpoch | None = None,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
-    """A Trainer over the encoded splits; it writes nothing into `output` by itself.
+    """A Trainer, of class `kind`, over the encoded splits; it writes nothing into `output` itself.
 
     `on_epoch` is asked for every score called `main`.
     """
-    on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
+        **on_this_machine(settings.precision),
         output_dir=str(output),
         learning_rate=settings.lr,
         per_device_train_batch_size=settings.batch_size // settings.accumulation,
@@ -111,17 +138,13 @@ def make_trainer(
         weight_decay=settings.weight_decay,
         adam_epsilon=1e-6,
         train_sampling_strategy="group_by_length",
-        use_cpu=not on_gpu,
-        bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_bf16()),
-        dataloader_pin_memory=on_gpu,
         eval_strategy="epoch",
         save_strategy="no",
         logging_strategy="steps",
         logging_steps=1 / LOGS_A_RUN,
         logging_nan_inf_filter=False,  # the filter would hide what StopWhenNotFinite looks for
-        report_to=[],
     )
-    return Trainer(
+    return kind(
         model=classifier.model,
         args=arguments,
         train_dataset=encoded["train"],
@@ -157,15 +180,15 @@ def fine_tune(trainer: Trainer, epochs: int) -> dict[str, float]:
     return {"training": max(total - evaluation, 0.0) if epochs else 0.0, "evaluation": evaluation}
 
 
-def scores_by_epoch(trainer: Trainer, data: TaskData) -> dict[str, Any]:
-    """`epochs`: loss and scores of each validation split; `last` and `best` of them.
+def scores_by_epoch(log: Sequence[Mapping[str, Any]], data: HeadData) -> dict[str, Any]:
+    """Of a log's lines `epochs`: loss and scores of every validation split; `last` and `best`.
 
     Best is the epoch with the highest main metric on the first validation split; of two equal
     ones the earlier.
     """
     splits = [split for split in data.splits if split != "train"]
     epochs: dict[int, dict[str, Any]] = {}
-    for line in trainer.state.log_history:
+    for line in log:
         for split in splits:
             if f"eval_{split}_loss" not in line:
                 continue

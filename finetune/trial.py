@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,14 @@ import torch
 from datasets import Dataset
 
 from finetune import results
-from finetune.classifier import (
-    Classifier,
-    encode,
-    fingerprint,
-    load_classifier,
-    output_names,
-    potstill_facts,
-    save_classifier,
-)
-from finetune.scores import Scores, majority
+from finetune.classifier import Classifier, fingerprint, potstill_facts, save_classifier
+from finetune.heads import Head, head_for
 from finetune.settings import DataSettings, RunSettings, TrainSettings
-from finetune.tasks import TaskData, load
-from finetune.training import (
-    OnEpoch,
-    fine_tune,
-    make_scorer,
-    make_trainer,
-    positive_index,
-    scores_by_epoch,
-)
+from finetune.tasks import TaskData
+from finetune.training import HeadData, OnEpoch, fine_tune, make_trainer, scores_by_epoch
 from potstill.console import say
+from potstill.files import write_json
 from pretrain.environment import describe_environment
-
-Labels = Mapping[str, Sequence[int] | Sequence[float]]
 
 
 def run_trial(
@@ -59,10 +43,9 @@ def run_trial(
     model_folder, output = Path(where.model), Path(where.output)
     results.check_output(output)
 
-    data = load(data_settings)
-    order = data.order_for(output_names(model_folder))
-    labels = data.numbered(order)
-    classifier = load_classifier(model_folder, order, data_settings.max_length, settings.seed)
+    head = head_for(data_settings, model_folder)
+    data = head.data
+    classifier = head.load(model_folder, settings.seed)
     classifier.check_epochs(settings.epochs)
     origin = potstill_facts(model_folder)
     config = describe(where, data_settings, settings, data)
@@ -71,28 +54,23 @@ def run_trial(
         if finished is not None:
             say(f"finished already: {output / 'result.json'}")
             return finished
-        announce(classifier, data, order)
-        kept = Path(where.tokenised) if where.tokenised else None
-        encoded = {
-            split: encode(classifier, rows, labels[split], data_settings.max_length, kept)
-            for split, rows in data.splits.items()
-        }
-        scorer, main = make_scorer(data, order), f"eval_{data.main_split}_{data.task.metrics[0]}"
-        trainer = make_trainer(classifier, encoded, scorer, settings, output, main, on_epoch)
+        announce(classifier, data, head.order)
+        encoded = head.encode(classifier, Path(where.tokenised) if where.tokenised else None)
+        scorer, main = head.scorer(encoded), f"eval_{data.main_split}_{data.task.metrics[0]}"
+        trainer = make_trainer(
+            classifier, encoded, scorer, settings, output, main, on_epoch, head.trainer
+        )
         seconds = fine_tune(trainer, settings.epochs)
-        if where.save_model:
-            with results.writing(output):
-                save_classifier(classifier, output / "model")
-
+        keep(classifier, head, where.save_model, output)
         result = {
             "model": where.model,
             "task": data.task.name,
             "settings": config,
             "potstill": origin,
-            **facts(classifier, data, order),
+            **facts(classifier, data, head.order),
             **volume(encoded, seconds, settings.epochs, data_settings.max_length),
-            **scores_by_epoch(trainer, data),
-            "majority": baselines(data, labels, order),
+            **scores_by_epoch(trainer.state.log_history, data),
+            "majority": head.baselines(),
             "precision": "bf16" if trainer.args.bf16 else "fp32",
             "environment": describe_environment(world_size=1),
         }
@@ -108,7 +86,7 @@ def use_one_device() -> None:
 
 
 def describe(
-    run: RunSettings, data_settings: DataSettings, settings: TrainSettings, data: TaskData
+    run: RunSettings, data_settings: DataSettings, settings: TrainSettings, data: HeadData
 ) -> dict[str, Any]:
     """What makes this run this run: every setting, and the fingerprints of model and data."""
     named = {**asdict(data_settings), "task": data.task.name}
@@ -122,23 +100,32 @@ def describe(
     }
 
 
-def announce(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> None:
+def keep(classifier: Classifier, head: Head, model: bool, output: Path) -> None:
+    """Write what the head keeps, and the model if wanted; raises a TrainingError if it cannot."""
+    with results.writing(output):
+        for name, content in head.files(everything=model).items():
+            write_json(output / name, content)
+        if model:
+            save_classifier(classifier, output / "model")
+
+
+def announce(classifier: Classifier, data: HeadData, order: tuple[str, ...]) -> None:
     """Say what is about to be trained on what, and what starts untrained."""
-    rows = ", ".join(f"{split} {len(part.labels)}" for split, part in data.splits.items())
-    say(f"{data.task.name}: {rows} rows; labels {', '.join(order) or 'numbers'}")
-    if order != data.label_names:
+    rows = ", ".join(f"{split} {len(part)}" for split, part in data.splits.items())
+    say(f"{data.task.name}: {rows} rows" + (f"; labels {', '.join(order)}" if order else ""))
+    if isinstance(data, TaskData) and order != data.label_names:
         say(f"the model's order of labels is kept; the data has {', '.join(data.label_names)}")
     if classifier.fresh_parameters:
         say(f"starting untrained: {', '.join(classifier.fresh_parameters)}")
 
 
-def facts(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> dict[str, Any]:
+def facts(classifier: Classifier, data: HeadData, order: tuple[str, ...]) -> dict[str, Any]:
     """What the result says of model and data."""
     return {
         "parameters": sum(weights.numel() for weights in classifier.model.parameters()),
         "fresh_parameters": list(classifier.fresh_parameters),
         "source": data.source,
-        "rows": {split: len(part.labels) for split, part in data.splits.items()},
+        "rows": {split: len(part) for split, part in data.splits.items()},
         "label_names": list(order),
     }
 
@@ -146,7 +133,10 @@ def facts(classifier: Classifier, data: TaskData, order: tuple[str, ...]) -> dic
 def volume(
     encoded: Mapping[str, Dataset], seconds: Mapping[str, float], epochs: int, max_length: int
 ) -> dict[str, Any]:
-    """Time and tokens; `cut_rows` counts the rows that fill max_length, so perhaps were longer."""
+    """Time and tokens; `cut_rows` counts the rows that fill max_length, so perhaps were longer.
+
+    Of SQuAD the windows are counted.
+    """
     lengths = {split: [len(row) for row in rows["input_ids"]] for split, rows in encoded.items()}
     tokens = sum(lengths["train"]) * epochs
     return {
@@ -154,16 +144,4 @@ def volume(
         "train_tokens": tokens,
         "tokens_per_second": tokens / seconds["training"] if epochs else None,
         "cut_rows": {split: sum(n >= max_length for n in ns) for split, ns in lengths.items()},
-    }
-
-
-def baselines(data: TaskData, labels: Labels, order: tuple[str, ...]) -> dict[str, Scores]:
-    """Scores of the constant answer on every validation split."""
-    positive = positive_index(data, order)
-    return {
-        split: majority(
-            data.task.metrics, labels["train"], labels[split], data.task.regression, positive
-        )
-        for split in data.splits
-        if split != "train"
     }

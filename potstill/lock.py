@@ -3,11 +3,14 @@
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from potstill.errors import InputError
+
+ASK_SECONDS = 0.2  # between two questions whether a lock is free
 
 
 class Lock:
@@ -65,6 +68,22 @@ def hold(path: Path, message: str) -> Lock:
         file.close()
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     return Lock(file)
+
+
+def hold_soon(path: Path, message: str, seconds: float) -> Lock:
+    """As `hold`, but waits so many seconds at most for the process that holds it.
+
+    Raises:
+        InputError: as `hold`, when the time is over.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return hold(path, message)
+        except InputError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(ASK_SECONDS)
 
 
 def _open(path: Path) -> IO[str]:

@@ -44,6 +44,7 @@ class Batch:
             `masked` positions the batch holds; what objectives divide by.
         positions: int64 (N,), positions of valid tokens in the flattened batch; empty when it is
             `full`. Made here because finding them on a device makes the host wait.
+        token_type_ids: int64 (B, L), 1 in the second text of a pair; None: all are 0.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class Batch:
     full: bool
     counts: Mapping[str, int]
     positions: Tensor
+    token_type_ids: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel from a loader worker as plain bytes: torch's way opens a shared file for each

@@ -44,7 +44,7 @@ def encode(
     depth = depth_needed(wanted, base.config.num_hidden_layers)
     key_mask = None if batch.full else batch.valid[:, None, None, :]
     features: dict[Feature, Any] = {}
-    hidden = _embed(base, batch.input_ids)
+    hidden = _embed(base, batch)
     _keep(features, wanted, Feature("hidden", 0), hidden)
     for number, layer in enumerate(base.encoder.layer[: depth.whole_layers], start=1):
         kinds = frozenset(kind for kind in PROJECTIONS if Feature(kind, number) in wanted)
@@ -67,8 +67,8 @@ def _keep(
         features[feature] = value
 
 
-def _embed(base: Any, input_ids: Tensor) -> Tensor:
-    embedded = base.embeddings(input_ids=input_ids)
+def _embed(base: Any, batch: Batch) -> Tensor:
+    embedded = base.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
     if hasattr(base, "embeddings_project"):  # ELECTRA with embeddings narrower than its layers
         embedded = base.embeddings_project(embedded)
     return embedded

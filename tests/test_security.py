@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo.charts import Line, line_chart
 from examples.demo.report import page
+from potstill.charts import Line, line_chart
 from potstill.secrets import HIDDEN, is_secret_name, redacted, redacted_command
 from pretrain.environment import describe_environment
 

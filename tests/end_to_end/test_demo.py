@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections import Counter
 from html.parser import HTMLParser
@@ -12,7 +11,6 @@ import pytest
 
 from examples.demo import prose, report, results, task
 from examples.demo.__main__ import Demo, Scale, run
-from examples.demo.charts import Axis, Line, line_chart
 from examples.demo.prose import Document
 from examples.demo.stages import Pipeline, Stage
 from potstill.errors import PotstillError
@@ -113,19 +111,6 @@ def test_a_failed_stage_ends_the_demo_and_is_not_recorded(tmp_path: Path) -> Non
     with pytest.raises(PotstillError, match="Fail: the command ended with status 3; .*log.txt"):
         Pipeline(tmp_path / "done").run(stage)
     assert log.read_text() == "why\n" and not (tmp_path / "done").exists()
-
-
-def test_an_axis_places_its_ends_and_its_middle() -> None:
-    plain, logarithmic = Axis(0, 10, 100, 200), Axis(0.1, 10, 0, 100, logarithmic=True)
-    assert [plain.place(value) for value in (0, 5, 10)] == [100, 150, 200]
-    assert [round(logarithmic.place(value)) for value in (0.1, 1, 10)] == [0, 50, 100]
-    assert plain.ticks() == [0, 2, 4, 6, 8, 10]
-    assert logarithmic.ticks() == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
-
-
-def test_a_chart_leaves_out_what_is_not_finite() -> None:
-    chart = line_chart([Line("loss", [(0, 2.0), (1, math.nan), (2, 1.0)])], "step", "loss")
-    assert "nan" not in chart and chart.count("L") - chart.count("LE") >= 1
 
 
 class Checker(HTMLParser):

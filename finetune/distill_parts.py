@@ -1,0 +1,156 @@
+"""Everything that a distillation is made of, read and checked before anything long."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from data_prep.tokenization import tokenizer_fingerprint
+from finetune.classifier import Classifier, fingerprint, potstill_facts
+from finetune.distill_batches import TaskRows, task_rows
+from finetune.distill_models import (
+    Computing,
+    LiveTeacher,
+    Plan,
+    cut_student,
+    load_student,
+    load_teacher,
+    plan_student,
+)
+from finetune.distill_settings import DistillSettings
+from finetune.distill_stages import Source
+from finetune.heads import LabelHead
+from finetune.tasks import load
+from finetune.teacher_store import LOGITS, open_store
+from finetune.training import has_bf16
+from pretrain.features import Feature
+from pretrain.models import shape_of
+from pretrain.objectives import Settings, build_objective, check_models
+from pretrain.objectives.composite import WeightedSum
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One distillation.
+
+    Attributes:
+        head: the task. plan: the layers of the student.
+        objective: of stage 1; None where there is no such stage.
+        config: what makes this run this run, as config.json.
+        origin: what Potstill wrote beside the teacher.
+    """
+
+    settings: DistillSettings
+    head: LabelHead
+    teacher: Classifier
+    student: Classifier
+    plan: Plan
+    objective: WeightedSum | None
+    computing: Computing
+    config: dict[str, Any]
+    origin: dict[str, Any]
+
+    @cached_property
+    def encoded(self) -> dict[str, Dataset]:
+        """Token ids and labels of every split."""
+        kept = self.settings.folders.tokenised
+        return self.head.encode(self.student, Path(kept) if kept else None)
+
+    @cached_property
+    def rows(self) -> dict[str, TaskRows]:
+        """The same, to be batched."""
+        pad, regression = self.student.tokenizer.pad_token_id, self.head.data.task.regression
+        return {split: task_rows(rows, pad, regression) for split, rows in self.encoded.items()}
+
+    def source(self) -> Source:
+        """The teacher's knowledge of the training rows: live, or stored and used again.
+
+        Raises:
+            InputError, TrainingError: as `open_store`.
+        """
+        live = LiveTeacher(self.teacher.model, self.computing)
+        folder = self.settings.folders.teacher_features
+        if folder is None:
+            return live
+        rows = self.rows["train"]
+        identity = {
+            "teacher_sha256": self.config["model_sha256"],
+            "tokenizer": tokenizer_fingerprint(self.teacher.tokenizer),
+            "max_length": self.head.max_length,
+            "rows": len(rows.lengths),
+            "rows_sha256": rows.sha256,
+            "precision": str(self.computing.dtype).removeprefix("torch."),
+        }
+        return open_store(Path(folder), identity, self._wanted(), live, rows)
+
+    def _wanted(self) -> frozenset[Feature]:
+        """The teacher's features that the stages ask for."""
+        recipe = self.settings.recipe
+        layers: frozenset[Feature] = frozenset()
+        if self.objective is not None and recipe.intermediate_epochs:
+            layers = self.objective.teacher_features()
+        return layers | ({LOGITS} if recipe.epochs else set())
+
+
+def prepare(settings: DistillSettings) -> Parts:
+    """Read and check models, rows and objective.
+
+    Raises:
+        InputError: one cannot be used, or they do not go together.
+    """
+    folders, recipe, longest = settings.folders, settings.recipe, settings.data.max_length
+    data, folder = load(settings.data), Path(folders.teacher)
+    teacher, order = load_teacher(folder, data, longest, recipe.seed)
+    data.numbered(order)  # raises for labels that the training rows do not know
+    depth = teacher.model.config.num_hidden_layers
+    if folders.student is None:
+        plan = plan_student(recipe, depth)
+        student = cut_student(teacher, plan, recipe.seed)
+    else:
+        student = load_student(Path(folders.student), teacher, order, longest, recipe.seed)
+        plan = plan_student(recipe, depth, own=student.model.config.num_hidden_layers)
+    config = {
+        "model": folders.teacher,
+        "model_sha256": fingerprint(folder),
+        "student_sha256": None if folders.student is None else fingerprint(Path(folders.student)),
+        "data_sha256": data.sha256,
+        "save_model": folders.save_model,
+        **settings.resolved(),
+        "task": data.task.name,
+        "init": plan.init,
+    }
+    return Parts(
+        settings,
+        LabelHead(data, order, longest),
+        teacher,
+        student,
+        plan,
+        _objective(settings, plan, student, teacher, len(data.splits["train"])),
+        _computing(recipe.precision),
+        config,
+        potstill_facts(folder),
+    )
+
+
+def _objective(
+    settings: DistillSettings, plan: Plan, student: Classifier, teacher: Classifier, rows: int
+) -> WeightedSum | None:
+    """The objective of stage 1, checked against both models; None under vanilla KD."""
+    recipe = settings.recipe
+    if recipe.vanilla:
+        return None
+    # with a larger memory, most rows of an epoch would meet their own vector of the one before
+    negatives = min(recipe.negatives, max(1, rows // 2))
+    knobs = Settings(plan.pairs, relation_heads=recipe.relation_heads, negatives=negatives)
+    objective = build_objective(recipe.objective, knobs)
+    check_models(objective, shape_of(student.model.config), shape_of(teacher.model.config))
+    return objective
+
+
+def _computing(precision: str) -> Computing:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = precision == "bf16" or (precision == "auto" and has_bf16())
+    return Computing(device, torch.bfloat16 if half else torch.float32)

@@ -1,0 +1,235 @@
+"""What task-specific distillation is told: folders, data, and the recipe; checked at once.
+
+Defaults are those of How to Distill your BERT (section 4 and appendix A), which took them from
+RoBERTa's fine-tuning (Liu et al. 2019, GLUE): `TASK_RECIPES`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from finetune.settings import LARGEST_SEED, SPANS, DataSettings
+from finetune.settings import _between as check_between
+from finetune.settings import _flag as flag
+from potstill.errors import InputError
+from potstill.text import fits_a_line
+from pretrain.objectives import SUMS
+from pretrain.objectives.composite import parse_expression
+
+VANILLA = "vanilla-kd"
+"""The objective without an intermediate stage: predictions from soft and true labels at once."""
+
+MLM_TERMS = ("mlm", "kd")  # objectives on the logits of an MLM head, which a classifier lacks
+SMALL_TASKS = {"cola": 1e-5, "mrpc": 1e-5, "rte": 2e-5, "stsb": 2e-5}
+"""Learning rates of the tasks that RoBERTa fine-tunes with batches of 16; others: 1e-5, 32."""
+
+PAPER_INITS: dict[int, dict[str, str]] = {
+    12: {"paper-spread": "4,8,12", "paper-mixed": "1,8,12", "paper-lower": "1,2,3"},
+    6: {"paper-spread": "2,4,6", "paper-mixed": "1,4,6", "paper-lower": "1,2,3"},
+}
+"""The paper's layer choices (Table 3) by the teacher's depth; those of 6 are alike in kind."""
+
+PAPER_LAYERS = 3  # of the paper's students
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """Whose knowledge, and where the run lives."""
+
+    teacher: str = field(metadata={"help": "folder of a teacher fine-tuned on the task (run.py)"})
+    output: str = field(metadata={"help": "folder of the run; result.json appears there"})
+    student: str | None = flag(
+        None, "folder of a student to start from, of any width, instead of --init"
+    )
+    save_model: bool = flag(True, "keep the distilled model in OUTPUT/model")
+    tokenised: str | None = flag(
+        None, "folder that keeps token ids, so that runs on the same rows share them"
+    )
+    teacher_features: str | None = flag(
+        None, "folder that keeps the teacher's features of all rows, for all runs on them"
+    )
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """Student, objective and the two stages."""
+
+    objective: str = flag(
+        "att-mse",
+        "what stage 1 learns, a sum such as att-mse+hid-seq; vanilla-kd has stage 2 only, with "
+        "the true labels too",
+    )
+    init: str = flag(
+        "paper-spread",
+        "teacher layers that the student starts from: random, first, last, uniform, alternate, a "
+        "list such as 1,2,3, or paper-spread, paper-mixed, paper-lower (4,8,12; 1,8,12; 1,2,3 of "
+        "12 layers)",
+    )
+    student_layers: int | None = flag(
+        None, "the student's depth; by default as many as --init lists, else 3"
+    )
+    layers: str | None = flag(
+        None,
+        "student:teacher layers of stage 1, such as 1:4,3:12, or last, uniform; by default each "
+        "learns from the one that it started from",
+    )
+    relation_heads: int = flag(48, "relation heads of minilmv2")
+    negatives: int = flag(4096, "memory of hid-cls-contrast; at most half of the training rows")
+    temperature: float = flag(1.0, "of the soft labels in stage 2")
+    intermediate_epochs: int = flag(10, "passes over the rows in stage 1; 0 leaves it out")
+    epochs: int = flag(10, "passes over the rows in stage 2; 0 leaves it out")
+    intermediate_lr: float | None = flag(None, "peak learning rate of stage 1; by default --lr")
+    lr: float | None = flag(
+        None, "peak learning rate; by default RoBERTa's: 2e-5 for rte and stsb, otherwise 1e-5"
+    )
+    batch_size: int | None = flag(
+        None, "rows per update; by default 16 for cola, mrpc, rte and stsb, otherwise 32"
+    )
+    accumulation: int = flag(1, "parts in which a batch is computed, to save memory")
+    seed: int = flag(0, "seed of fresh weights, dropout and the order of rows")
+    warmup: float = flag(0.06, "share of each stage's updates in which the learning rate rises")
+    weight_decay: float = flag(0.1, "not applied to biases and layer norms")
+    precision: Literal["auto", "fp32", "bf16"] = flag(
+        "auto", "bf16 is autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32"
+    )
+
+    def __post_init__(self) -> None:
+        _check_objective(self.objective)
+        for name in ("intermediate_epochs", "epochs"):
+            check_between(name, getattr(self, name), 0, 100_000)
+        for name in ("student_layers", "relation_heads", "negatives"):
+            check_between(name, getattr(self, name), 1, 1_000_000)
+        check_between("batch_size", self.batch_size, 1, 1_000_000)
+        check_between("seed", self.seed, 0, LARGEST_SEED)
+        for name in ("lr", "intermediate_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InputError(
+                    f"--{name} {value}: give a number above 0 and up to 1, such as 3e-5"
+                )
+        if not 0 < self.temperature <= 1000:
+            raise InputError(
+                f"--temperature {self.temperature}: give a number above 0 and up to 1000"
+            )
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"--warmup {self.warmup}: give a share of the updates, 0 <= share < 1")
+        if not 0 <= self.weight_decay <= 100:
+            raise InputError(f"--weight_decay {self.weight_decay}: give a number from 0 to 100")
+
+    @property
+    def vanilla(self) -> bool:
+        """Whether there is stage 2 only, with the true labels beside the soft ones."""
+        return self.objective == VANILLA
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """All that one distillation is told; `asdict` of it is JSON."""
+
+    folders: FolderSettings
+    data: DataSettings
+    recipe: RecipeSettings
+
+    def __post_init__(self) -> None:
+        if self.data.task == SPANS:
+            raise InputError(
+                f"--task {SPANS}: task-specific distillation is for labels of whole rows; "
+                "fine-tune a general student with run.py instead"
+            )
+        size, parts = self.batch_size, self.recipe.accumulation
+        check_between("accumulation", parts, 1, size)
+        if size % parts:
+            raise InputError(
+                f"--accumulation {parts} does not divide --batch_size {size}; give a divisor of it"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per update: as told, else RoBERTa's for the task."""
+        return self.recipe.batch_size or (16 if self.data.task in SMALL_TASKS else 32)
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of stage 2: as told, else RoBERTa's for the task."""
+        return self.recipe.lr or SMALL_TASKS.get(self.data.task or "", 1e-5)
+
+    @property
+    def intermediate_lr(self) -> float:
+        """Peak learning rate of stage 1."""
+        return self.recipe.intermediate_lr or self.lr
+
+    def resolved(self) -> dict[str, Any]:
+        """Data and recipe with the defaults that depend on the task filled in."""
+        chosen = {"batch_size": self.batch_size, "lr": self.lr}
+        return {**asdict(self.data), **asdict(self.recipe), **chosen}
+
+
+def paper_init(init: str, teacher_layers: int) -> str:
+    """A name of `PAPER_INITS` as a list of layers; anything else as it is.
+
+    Raises:
+        InputError: the paper's choices are not known for a teacher of that depth.
+    """
+    if not init.startswith("paper"):
+        return init
+    named = PAPER_INITS.get(teacher_layers)
+    if named is None:
+        raise InputError(
+            f"--init {init}: the paper's choices are for teachers of 12 or 6 layers, this one has "
+            f"{teacher_layers}; give a list such as 1,2,3"
+        )
+    if init not in named:
+        raise InputError(f"--init {init}: unknown; there are {', '.join(named)}")
+    return named[init]
+
+
+def _check_objective(expression: str) -> None:
+    if expression == VANILLA:
+        return
+    for _, name in parse_expression(expression):
+        terms = [term for _, term in parse_expression(SUMS[name].terms)] if name in SUMS else [name]
+        if any(term in MLM_TERMS for term in terms):
+            raise InputError(
+                f"--objective {expression}: {name} learns from an MLM head, which a classifier has "
+                "not; take att-mse, hid-seq, … , or vanilla-kd alone"
+            )
+
+
+def parse(arguments: Sequence[str] | None) -> DistillSettings:
+    """Read the command line (`None`: of this process).
+
+    Raises:
+        InputError: a flag is unknown, or its value makes no sense.
+        SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
+    """
+    parser = HfArgumentParser(
+        [FolderSettings, DataSettings, RecipeSettings],
+        description="Distil a teacher fine-tuned on a task into a student with fewer layers: "
+        "first its intermediate layers, then its predictions (How to Distill your BERT, 4).",
+        allow_abbrev=False,
+    )
+    folders, data, recipe, unknown = parser.parse_args_into_dataclasses(
+        None if arguments is None else list(arguments),
+        look_for_args_file=False,
+        return_remaining_strings=True,
+    )
+    if unknown:
+        raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
+    paths = (*asdict(folders).values(), data.data, data.train_file, data.validation_file)
+    for text in paths:
+        if isinstance(text, str) and not fits_a_line(text):
+            raise InputError(
+                f"{text!r}: a path with a line break, another control character or bytes that are "
+                "no UTF-8; rename it"
+            )
+    for name in ("teacher", "student"):
+        folder = getattr(folders, name)
+        if folder is not None and not os.path.isdir(folder):
+            raise InputError(
+                f"--{name} {folder}: no such folder; give a folder with config.json, "
+                "model.safetensors and a tokenizer"
+            )
+    return DistillSettings(folders, data, recipe)

@@ -1,0 +1,86 @@
+"""Fine-tune models on tasks with every combination of learning rate, batch size, epochs and seed.
+
+python finetune/grid.py --model small/ base=models/base --tasks rte,mrpc --data glue/ --output grid
+python finetune/grid.py --model small/ --tasks all --preset htd --data glue/ --output grid
+python finetune/grid.py … --address auto                 on a running Ray cluster
+
+Run the same command again after any interruption: finished trials are never run again. The table
+is in OUTPUT/summary.md, all scores in OUTPUT/results.csv.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.cluster import connected
+from finetune.grid_check import Survey, survey
+from finetune.grid_distill import survey_distillations
+from finetune.grid_file import claim, describe
+from finetune.grid_loop import Loop
+from finetune.grid_plan import Planned, plan, rows_of
+from finetune.grid_settings import GridSettings, parse
+from finetune.grid_tables import read_failed, write_tables
+from potstill.console import program, say
+from potstill.errors import TrainingError
+from potstill.signals import Signalled, Stopped
+from pretrain.signals import Signals
+
+
+@program
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the grid of the command line; `arguments` stands in for it."""
+    try:
+        with Signals() as signals:
+            settings = parse(arguments)
+            found = survey(settings) if settings.teacher is None else survey_distillations(settings)
+            trials = plan(settings, found)
+            if settings.dry_run:
+                show(trials, found)
+                return
+            run(settings, found, trials, signals)
+    except Signalled as signalled:
+        kept = "finished trials are kept: run the same command again, and it goes on"
+        raise Stopped(signalled.number, kept) from None
+
+
+def run(settings: GridSettings, found: Survey, trials: Sequence[Planned], signals: Signals) -> None:
+    """Run what is not finished, and write the tables.
+
+    Raises:
+        TrainingError: trials failed; the tables are written all the same.
+    """
+    output = Path(os.path.abspath(settings.output))
+    with claim(output, describe(settings, found)):
+        loop = Loop(trials, settings, lambda: signals.pending)
+        say(f"{len(trials)} trials, {len(trials) - loop.open} of them finished before")
+        if loop.open:
+            paths = [Path(settings.data).absolute(), *(m.path for m in found.models.values())]
+            paths += [task.teacher for task in found.tasks.values() if task.teacher is not None]
+            with signals.deferred(), connected(settings, output, paths) as cluster:
+                loop.run(cluster)
+        write_tables(output)
+        say(f"tables: {output / 'summary.md'}, results.csv, results.json")
+        if loop.failed:
+            raise TrainingError(failures(output, loop.failed))
+
+
+def failures(output: Path, number: int) -> str:
+    """Prints a line for every trial that failed; what the program ends with."""
+    for one in read_failed(output):
+        say(f"failed: {one['task']} {one['model']} {one['configuration']}: {one['reason']}")
+    return (
+        f"{number} trials failed (see {output / 'summary.md'}); start the same command again to "
+        "try them once more"
+    )
+
+
+def show(trials: Sequence[Planned], found: Survey) -> None:
+    """Print what the grid would do."""
+    for line in rows_of(list(trials), found.tasks):
+        say(line)
+    total = sum(trial.cost for trial in trials)
+    say(f"{len(trials)} trials, together about {total:.2g} FLOP")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""grid.json: what the grid in a folder is, so that no other one mixes its trials with it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.grid_check import Survey
+from finetune.grid_distill import fixed_part
+from finetune.grid_settings import GridSettings
+from finetune.results import LOCK, writing
+from finetune.selection import GRID_FILE, read_grid
+from potstill.errors import InputError
+from potstill.files import is_leftover, remove_leftovers, write_json
+from potstill.lock import Lock, hold
+
+FIXED = (
+    *("max_length", "max_train_rows", "max_validation_rows", "warmup", "weight_decay"),
+    *("precision", "save_models", "start_from_task", "early_stop", "distill"),
+)
+"""What all trials of a grid share; the rest of it may grow."""
+
+LISTED = ("tasks", "lr", "batch_size", "epochs")
+TOKENISED = "tokenised"
+FAILED_FILE = "failed.json"
+OWN = (GRID_FILE, "results.csv", "results.json", "summary.md", FAILED_FILE)
+
+
+def describe(settings: GridSettings, survey: Survey) -> dict[str, Any]:
+    """The content of grid.json for this command alone."""
+    lr, batch_size, epochs = zip(*settings.combinations, strict=True)
+    return {
+        "models": {
+            name: {"path": str(model.path), "sha256": model.sha256}
+            for name, model in survey.models.items()
+        },
+        "tasks": sorted(survey.tasks),
+        "data_sha256": {name: task.sha256 for name, task in sorted(survey.tasks.items())},
+        "lr": sorted(set(lr)),
+        "batch_size": sorted(set(batch_size)),
+        "epochs": sorted(set(epochs)),
+        "seeds": settings.seeds,
+        "teacher_sha256": {
+            name: task.teacher_sha256 for name, task in sorted(survey.tasks.items())
+        },
+        "distill": fixed_part(settings),
+        **{name: getattr(settings, name) for name in FIXED if name != "distill"},
+    }
+
+
+def claim(output: Path, grid: Mapping[str, Any]) -> Lock:
+    """Make `output` this grid's, or extend the one that is there; clears what a killed one left.
+
+    Returns:
+        The lock on the folder, to be kept as long as the grid runs.
+
+    Raises:
+        InputError: it holds something else or another grid (the differences are named), or
+            another process runs there.
+        TrainingError: it cannot be written.
+    """
+    there = _read(output)
+    if there is not None:
+        _check_same(output, there, grid)  # another grid's folder does not even get a lock
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    lock = hold(
+        output / LOCK,
+        f"--output {output}: another grid runs there; wait for it, or give a new folder",
+    )
+    merged = dict(grid) if there is None else _merged(there, grid)
+    if merged != there:
+        with writing(output):
+            write_json(output / GRID_FILE, merged)
+    remove_leftovers(output, *OWN)
+    remove_leftovers(output / TOKENISED)
+    return lock
+
+
+def _read(output: Path) -> dict[str, Any] | None:
+    if (output / GRID_FILE).exists():
+        return read_grid(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: no folder; give another one")
+    if output.is_dir() and not all(_is_ours(path) for path in output.iterdir()):
+        raise InputError(f"--output {output}: not empty and no grid; give a new folder")
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name == LOCK or is_leftover(path, GRID_FILE)
+
+
+def _check_same(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name} is {json.dumps(there.get(name))} there and {json.dumps(here[name])} here"
+        for name in FIXED
+        if there.get(name) != here[name]
+    ]
+    for name, model in here["models"].items():
+        if there["models"].get(name, model)["sha256"] != model["sha256"]:
+            differing.append(f"the model called {name} has other weights or files")
+    for part, what in (("data_sha256", "rows"), ("teacher_sha256", "teacher")):
+        for task, sha256 in here[part].items():
+            if there.get(part, {}).get(task, sha256) != sha256:
+                differing.append(f"the {what} of {task} changed")
+    if differing:
+        raise InputError(
+            f"--output {output}: another grid's folder ({'; '.join(differing)}); give a new folder"
+        )
+
+
+def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """Both grids' models, tasks and values."""
+    both = dict(there) | {name: sorted({*there[name], *here[name]}) for name in LISTED}
+    for name in ("models", "data_sha256", "teacher_sha256"):
+        both[name] = {**there.get(name, {}), **here[name]}
+    return both | {"seeds": max(there["seeds"], here["seeds"])}

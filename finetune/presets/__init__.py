@@ -1,0 +1,1 @@
+"""The papers' fine-tuning grids, for `finetune/grid.py --preset`."""

@@ -1,0 +1,130 @@
+"""Which trials are read, and which configuration stands for a model's grid."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.selection import best_of_grid, cells, mean_and_std, read_trials
+from potstill.errors import InputError
+from tests.finetune.made_grid import result, write_grid, write_json, write_scores, write_trial
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """A grid of two models without trials."""
+    return write_grid(tmp_path / "grid", ["a", "b"])
+
+
+def test_the_best_configuration_has_the_highest_mean_of_the_last_epoch(grid: Path) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.6, 0.7], 3e-5: [0.8, 0.6], 5e-5: [0.9, 0.3]})
+    (best,) = best_of_grid(read_trials([grid]))
+    assert (best.lr, best.values) == (3e-5, {0: 0.8, 1: 0.6})
+    assert best.mean == pytest.approx(0.7)
+    assert best.std == pytest.approx(np.std([0.8, 0.6], ddof=1))
+
+
+def test_of_equal_means_the_smaller_learning_rate_then_batch_then_epochs_count(grid: Path) -> None:
+    for lr, batch_size, epochs in ((3e-5, 16, 2), (1e-5, 32, 2), (1e-5, 16, 3), (1e-5, 16, 2)):
+        made = result("rte", {"accuracy": 0.7}, lr=lr, batch_size=batch_size, epochs=epochs)
+        write_trial(grid, "a", made)
+    (best,) = best_of_grid(read_trials([grid]))
+    assert (best.lr, best.batch_size, best.epochs) == (1e-5, 16, 2)
+
+
+def test_a_configuration_with_fewer_seeds_cannot_win(grid: Path) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.6, 0.6], 3e-5: [0.9]})
+    (best,) = best_of_grid(read_trials([grid]))
+    assert best.lr == 1e-5
+
+
+def test_a_configuration_that_was_stopped_early_does_not_count(grid: Path) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.6]})
+    stopped = result("rte", {"accuracy": 0.9}, lr=3e-5)
+    write_trial(grid, "a", {**stopped, "last": stopped["epochs"][0]})
+    trials = read_trials([grid])
+    assert [trial.whole for trial in trials] == [True, False]
+    assert [cell.lr for cell in cells(trials)] == [1e-5]
+
+
+def test_an_undefined_score_leaves_the_mean_undefined_and_loses(grid: Path) -> None:
+    write_scores(grid, "a", "cola", {1e-5: [None, 0.9], 3e-5: [0.1, 0.1]})
+    assert best_of_grid(read_trials([grid]))[0].lr == 3e-5
+    assert mean_and_std([None, 0.9]) == (None, None)
+
+
+def test_one_seed_has_no_deviation() -> None:
+    assert mean_and_std([0.25]) == (0.25, None)
+
+
+def test_models_and_tasks_are_chosen_for_apart_and_sorted(grid: Path) -> None:
+    for model, task in (("b", "rte"), ("a", "rte"), ("a", "cola")):
+        write_scores(grid, model, task, {1e-5: [0.5]})
+    best = best_of_grid(read_trials([grid]))
+    assert [(one.task, one.model) for one in best] == [("cola", "a"), ("rte", "a"), ("rte", "b")]
+
+
+def test_a_trial_without_result_is_left_out_and_a_folder_given_twice_counts_once(
+    grid: Path,
+) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.5]})
+    (grid / "trials/rte/a/3e-05-16-2-0").mkdir()
+    assert len(read_trials([grid, grid])) == 1
+
+
+@pytest.mark.parametrize(("path", "name"), [("models/small", "small"), ("runs/r1/student", "r1")])
+def test_a_single_run_is_called_by_its_models_folder(tmp_path: Path, path: str, name: str) -> None:
+    write_json(tmp_path / "run/result.json", {**result("rte", {"accuracy": 0.5}), "model": path})
+    (trial,) = read_trials([tmp_path / "run"])
+    assert trial.model == name
+
+
+def test_a_distilled_run_is_called_by_objective_and_layers(tmp_path: Path) -> None:
+    how = {"objective": "att-mse", "init": "1,2,3"}
+    write_json(tmp_path / "result.json", result("rte", {"accuracy": 0.5}, distillation=how))
+    assert read_trials([tmp_path])[0].model == "att-mse (1,2,3)"
+
+
+def test_other_folders_and_unfinished_runs_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}: neither a grid .* nor a fine-tuning run"):
+        read_trials([tmp_path])
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(InputError, match="no result.json; let the run finish"):
+        read_trials([tmp_path])
+    write_json(tmp_path / "result.json", {"loss": 1})
+    with pytest.raises(InputError, match="not a result of fine-tuning"):
+        read_trials([tmp_path])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"models": {"a": {}}}', '{"models": 3}', "{}"])
+def test_a_damaged_grid_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "grid.json").write_text(content)
+    with pytest.raises(InputError, match="grid.json: "):
+        read_trials([tmp_path])
+
+
+def test_trials_on_other_rows_are_not_compared(grid: Path) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.5]})
+    write_scores(grid, "b", "rte", {1e-5: [0.5]}, settings={"max_train_rows": 100})
+    with pytest.raises(InputError, match="max_train_rows is 100 there and None in"):
+        read_trials([grid])
+
+
+def test_trials_of_one_model_that_differ_in_more_than_the_grid_are_not_mixed(grid: Path) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.5]})
+    write_scores(grid, "a", "rte", {3e-5: [0.5]}, settings={"precision": "bf16"})
+    with pytest.raises(InputError, match="precision is 'bf16' there and 'fp32' in"):
+        read_trials([grid])
+
+
+def test_two_models_of_one_name_and_the_same_trial_twice_are_refused(
+    grid: Path, tmp_path: Path
+) -> None:
+    other = write_grid(tmp_path / "other", ["a"])
+    write_scores(grid, "a", "rte", {1e-5: [0.5]})
+    write_scores(other, "a", "rte", {1e-5: [0.6]})
+    with pytest.raises(InputError, match="the same trial as"):
+        read_trials([grid, other])
+    write_json(other / "grid.json", {"models": {"a": {"sha256": "another"}}})
+    with pytest.raises(InputError, match="its model a is not the a of"):
+        read_trials([grid, other])
