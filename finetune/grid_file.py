@@ -100,10 +100,10 @@ def _check_same(output: Path, there: Mapping[str, Any], here: Mapping[str, Any])
     for name, model in here["models"].items():
         if there["models"].get(name, model)["sha256"] != model["sha256"]:
             differing.append(f"the model called {name} has other weights or files")
-    for part, what in (("data_sha256", "rows"), ("teacher_sha256", "teacher")):
-        for task, sha256 in here[part].items():
+    for part, what in (("data_sha256", "rows"), ("teacher_sha256", "teacher's weights")):
+        for task, sha256 in here.get(part, {}).items():
             if there.get(part, {}).get(task, sha256) != sha256:
-                differing.append(f"the {what} of {task} changed")
+                differing.append(f"the {what} of {task} are others")
     if differing:
         raise InputError(
             f"--output {output}: another grid's folder ({'; '.join(differing)}); give a new folder"
@@ -114,5 +114,5 @@ def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]
     """Both grids' models, tasks and values."""
     both = dict(there) | {name: sorted({*there[name], *here[name]}) for name in LISTED}
     for name in ("models", "data_sha256", "teacher_sha256"):
-        both[name] = {**there.get(name, {}), **here[name]}
+        both[name] = {**there.get(name, {}), **here.get(name, {})}
     return both | {"seeds": max(there["seeds"], here["seeds"])}

@@ -67,7 +67,8 @@ def _curve_card(
         tips = [f"{model}, {x} {at:g}: {value:.4g}" for at, value in mean.items()]
         lines.append(Line(model, list(mean.items()), x == "epoch", tips, number))
     chart = line_chart(lines, x, y, legend=False)
-    shown = f"<h3>{escape(heading)}</h3>{chart}{_curve_table(study, means, x)}"
+    told = _curve_table(study, means, x) if any(means.values()) else ""
+    shown = f"<h3>{escape(heading)}</h3>{chart}{told}"
     return f'<section class="card">{shown}</section>'
 
 

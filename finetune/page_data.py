@@ -143,6 +143,12 @@ class Study:
         named = [name for name in self.models if "teacher" in name.lower()]
         return next((names[0] for names in (marked, named) if len(names) == 1), None)
 
+    @cached_property
+    def known_averages(self) -> Sequence[Mapping[str, Any]]:
+        """The averages that at least one model has."""
+        averages = self.part("averages")
+        return [a for a in averages if any(v is not None for v in a["values"].values())]
+
     def marked(self, model: str) -> str:
         """The model's name; the teacher's says that it is one."""
         says = model != self.teacher or "teacher" in model.lower()
@@ -152,7 +158,7 @@ class Study:
     def overall(self) -> Overall | None:
         """A paper's average that most models have, else the mean over the tasks of all models."""
         most, best = 0, None
-        for average in self.part("averages"):
+        for average in self.known_averages:
             count = sum(value is not None for value in average["values"].values())
             if count > most:
                 most, best = count, average

@@ -10,6 +10,7 @@ from potstill.page_frame import Cell, Column, Row, table
 
 ENOUGH = 0.95  # share of the teacher's score
 CHANCE = 0.05  # p-values below it are called a difference
+LEAST_P = 0.001
 
 
 def summary(study: Study) -> str:
@@ -64,13 +65,22 @@ def _against_teacher(study: Study, model: str) -> list[str]:
     facts = []
     if own.get("parameters") and other.get("parameters"):
         sizes = f"{short(own['parameters'])} parameters instead of {short(other['parameters'])}"
-        facts.append(f"<b>{times(other['parameters'], own['parameters'])}</b> smaller ({sizes})")
+        ratio = _compared(other["parameters"], own["parameters"], ("smaller", "larger"))
+        facts.append(f"{ratio} ({sizes})")
     for kind in study.latencies[:1]:
         fast, slow = study.latency(model, kind), study.latency(study.teacher, kind)
         if fast and slow:
             detail = f"{fast:.3g} ms instead of {slow:.3g} ms, {escape(kind)}"
-            facts.append(f"<b>{times(slow, fast)}</b> faster ({detail})")
+            facts.append(f"{_compared(slow, fast, ('faster', 'slower'))} ({detail})")
     return facts
+
+
+def _compared(teacher: float, student: float, words: tuple[str, str]) -> str:
+    if 0.95 < teacher / student < 1.05:
+        return "<b>no</b> " + words[0]
+    if teacher > student:
+        return f"<b>{times(teacher, student)}</b> {words[0]}"
+    return f"<b>{times(student, teacher)}</b> {words[1]}"
 
 
 def _enough(study: Study, students: dict[str, float], of_teacher: float | None) -> Iterator[str]:
@@ -92,12 +102,8 @@ def _enough(study: Study, students: dict[str, float], of_teacher: float | None) 
 
 def _difference(study: Study, best: str) -> Iterator[str]:
     """Whether the best student differs from the teacher by more than chance, task by task."""
-    pairs = [
-        test
-        for test in study.part("tests")
-        if {test["a"], test["b"]} == {best, study.teacher}
-        and test["metric"] == study.main_metrics.get(test["task"])
-    ]
+    both = [t for t in study.part("tests") if {t["a"], t["b"]} == {best, study.teacher}]
+    pairs = [test for test in both if test["metric"] == study.main_metrics.get(test["task"])]
     tested = [test for test in pairs if test["p"] is not None]
     if not tested:
         if study.teacher:
@@ -111,21 +117,32 @@ def _difference(study: Study, best: str) -> Iterator[str]:
         f"<b>{escape(found)}</b> of {len(tested)} tested tasks; elsewhere no difference is shown, "
         "which with few seeds is not the same as none."
     )
+    for test in both:  # over all of the tasks at once
+        if test["task"] not in study.tasks and test["p"] is not None:
+            apart = f"{100 * abs(test['difference']):.1f} points apart"
+            p = f"{'= ' if test['p'] >= LEAST_P else ''}{written_p(test['p'])}"
+            yield f"{escape(test['task']).capitalize()}: {apart}, p {escape(p)}."
+
+
+def written_p(p: float) -> str:
+    """A p-value as it is written: three digits, or that it is less."""
+    return f"{p:.3f}" if p >= LEAST_P else f"< {LEAST_P}"
 
 
 def models_table(study: Study) -> str:
     """Every model's score, size and speed, the teacher's as the measure; what matters first."""
-    figures = _figures(study)
-    columns = [Column("model"), *(Column(name, True) for name in figures)]
+    cells = {name: [of(model) for model in study.models] for name, of in _figures(study).items()}
+    cells = {name: found for name, found in cells.items() if any(c.text != ABSENT for c in found)}
+    columns = [Column("model"), *(Column(name, True) for name in cells)]
     rows = [
         Row(
             [
                 Cell(model, html=key(study.number(model), study.marked(model))),
-                *(cell_of(model) for cell_of in figures.values()),
+                *(found[n] for found in cells.values()),
             ],
             f' data-series="{study.number(model)}"',
         )
-        for model in study.models
+        for n, model in enumerate(study.models)
     ]
     return table(columns, rows, "Score, size and speed of every model", sortable=True)
 

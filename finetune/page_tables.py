@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from finetune.page_data import ABSENT, Study, percent, spread, switch, title, when
-from finetune.page_summary import CHANCE, flops_cell
+from finetune.page_summary import CHANCE, flops_cell, written_p
 from potstill.chart_axis import short
 from potstill.charts import key
 from potstill.page_frame import Cell, Column, Row, details, table
@@ -22,7 +22,7 @@ def scores(study: Study) -> str:
         Column(f"{title(task)} {title(metric)}", True, attributes)
         for (task, metric), attributes in zip(headings, shown, strict=True)
     ]
-    averages = study.part("averages")
+    averages = study.known_averages
     columns += [Column(f"average: {average['name']}", True) for average in averages]
     rows = [_score_row(study, model, headings, shown, averages) for model in study.models]
     majority = {task["name"]: task.get("majority") for task in study.part("tasks")}
@@ -87,9 +87,11 @@ def _how(study: Study) -> str:
         f"Per cent; mean ± sample standard deviation over {over}, of the best configuration of the "
         "grid, after its last epoch, on the validation rows. Bold: the best student."
     ]
-    lines += [f"Average {a['name']}: {a['definition']}" for a in study.part("averages")]
-    missing = any(v is None for a in study.part("averages") for v in a["values"].values())
-    lines += ["An average is left out where one of its tasks is missing."] if missing else []
+    lines += [f"Average {a['name']}: {a['definition']}" for a in study.known_averages]
+    known = [average["name"] for average in study.known_averages]
+    absent = [a["name"] for a in study.part("averages") if a["name"] not in known]
+    if absent:
+        lines.append(f"No model here has all the tasks of the averages of {'; '.join(absent)}.")
     return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
 
 
@@ -137,7 +139,7 @@ def tests(study: Study) -> str:
     tested = sum(test["p"] is not None for test in found)
     note = (
         f"Paired t-tests over equal seeds, {tested} of them: at p &lt; {CHANCE} about "
-        f"{CHANCE * tested:.0f} would seem a difference by chance alone. “Not shown” is not “none”."
+        f"{CHANCE * tested:.1f} would seem a difference by chance alone. “Not shown” is not “none”."
     )
     several = switch("test", ["all", *map(title, tasks)], "task") if len(tasks) > 1 else ""
     board = table(columns, rows, "Paired t-tests between models", sortable=True)
@@ -156,13 +158,9 @@ def _test_row(test: Mapping[str, Any], place: int) -> Row:
     points = ABSENT if difference is None else f"{100 * difference:+.1f}"
     cells: list[Cell | str] = [title(test["task"]), title(test["metric"]), test["a"], test["b"]]
     cells += [Cell(points, difference), Cell(ABSENT if t is None else f"{t:.2f}", t)]
-    cells += [Cell(ABSENT if p is None else _p(p), p), Cell(str(test["seeds"]))]
+    cells += [Cell(ABSENT if p is None else written_p(p), p), Cell(str(test["seeds"]))]
     strong = f"<b>{says}</b>" if says.endswith("better") else ""
     return Row([*cells, Cell(says, html=strong)], when(test=f"0|{place}"))
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def papers(study: Study) -> str:
@@ -232,7 +230,12 @@ def _said(group: Sequence[Mapping[str, Any]]) -> str:
         *(("citation", "Source"), ("setting", "Their setting")),
         *(("differences", "What differs from ours"), ("note", "Note")),
     ):
-        texts = dict.fromkeys(str(row[name]) for row in group if row.get(name))
+        of_row = name == "note"
+        texts = dict.fromkeys(
+            f"{row['model']}: {row[name]}" if of_row else str(row[name])
+            for row in group
+            if row.get(name)
+        )
         parts += [f"<dt>{heading}</dt><dd>{escape(text)}</dd>" for text in texts]
     return f"<dl>{''.join(parts)}</dl>"
 

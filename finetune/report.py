@@ -183,7 +183,7 @@ def make(settings: Settings) -> Report:
 def _cost_notes(settings: Settings, names: Sequence[str], folders: Mapping[str, Path]) -> list[str]:
     """What was measured how, and what was not."""
     notes = []
-    if settings.latency:
+    if settings.latency and folders:
         notes.append(
             "Latency: median milliseconds for a batch of rows of 128 tokens, models timed in turn, "
             f"CPU threads: {settings.threads}."
@@ -193,7 +193,7 @@ def _cost_notes(settings: Settings, names: Sequence[str], folders: Mapping[str, 
     missing = [name for name in names if name not in folders]
     if missing:
         notes.append(
-            f"Size, FLOPs and latency are missing where the model's folder is: {', '.join(missing)}"
+            f"No size, FLOPs and latency, for the model's folder is not there: {', '.join(missing)}"
             " (--models NAME=DIR says where it lies)."
         )
     return notes

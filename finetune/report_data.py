@@ -113,15 +113,19 @@ def add_costs(
 
 
 def pretraining(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The facts of potstill.json; with "flops", of the whole run, where its log is still there."""
+    """The facts of potstill.json, and "flops" of teacher and student together, where known.
+
+    None for other models, and for those distilled on the task, whose facts are their teacher's.
+    """
     facts = result.get("potstill")
-    if not facts:
+    if not facts or "distillation" in result:
         return None
-    return {"flops": run_flops(Path(result["model"]), facts.get("steps")), **facts}
+    flops = facts.get("FLOPs") or run_flops(Path(result["model"]), facts.get("steps"))
+    return {"flops": flops, **facts}
 
 
 def run_flops(student: Path, steps: int | None) -> float | None:
-    """Teacher's and student's FLOPs until `steps`, from metrics.jsonl of the student's run."""
+    """Teacher's and student's FLOPs until `steps`, from the run of a student that does not say."""
     log = student.parent / "metrics.jsonl"
     for line in reversed(_lines(log)):
         if line.get("kind") == "train" and line.get("step") == steps and "flops" in line:

@@ -189,19 +189,18 @@ def _distillation_table(report: Report, task: str) -> str:
     theirs = [row for row in report["papers"] if row["paper"] == "HTD" and row["table"] == "3"]
     metrics = {row["scores"][task]["metric"] for row in theirs if task in row["scores"]}
     metric = next(iter(metrics), ours[0]["metric"])
-    found = _means(report)
+    found, shown = _means(report), list(dict.fromkeys([ours[0]["metric"], metric]))
     rows = [
         [
             cell(entry["objective"]),
             cell(entry["init"]),
-            _shown(found.get((entry["model"], task, entry["metric"]))),
-            _shown(found.get((entry["model"], task, metric))),
+            *(_shown(found.get((entry["model"], task, name))) for name in shown),
             str(entry["seeds"]),
             _beside(theirs, entry["objective"], entry["init"], task),
         ]
         for entry in ours
     ]
-    heads = ["objective", "layers", ours[0]["metric"], f"ours, {metric}", "seeds"]
+    heads = ["objective", "layers", *(f"ours, {name}" for name in shown), "seeds"]
     return f"### {cell(task)}\n\n" + table([*heads, f"HTD Table 3, {metric}"], rows, texts=2)
 
 
@@ -210,7 +209,8 @@ def _beside(rows: Sequence[Mapping[str, Any]], objective: str, init: str, task: 
     of_six = {"2,4,6": "4,8,12", "1,4,6": "1,8,12"}
     for row in rows:
         if row["objective"] == objective and row["init"] in (init, of_six.get(init)):
-            return f"{_shown(row['scores'].get(task))} ({row['init']})"
+            score = row["scores"].get(task)
+            return f"{_shown(score)} ({row['init']})" if score else ABSENT
     return ABSENT
 
 

@@ -429,7 +429,7 @@ def test_a_damaged_run_is_kept_and_named_before_anything_is_read(
     (run / name).write_text('{"cut')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.trial.load", lambda _: pytest.fail("the data was read"))
+        patch.setattr("finetune.trial.head_for", lambda *_: pytest.fail("the data was read"))
         with pytest.raises(SystemExit):
             run_program(("--model", bert, "--task", "rte"), run)
     assert f"error: {run / name}: cannot be read" in capsys.readouterr().err
@@ -460,13 +460,13 @@ def test_a_folder_in_which_another_process_fine_tunes_is_left_alone(tmp_path: Pa
 def test_a_signal_ends_a_run_with_one_line(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, status: int
 ) -> None:
-    def stopped(_: object) -> None:
+    def stopped(*_: object) -> None:
         os.kill(os.getpid(), number)
         time.sleep(10)
 
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("finetune.trial.load", stopped)
+        patch.setattr("finetune.trial.head_for", stopped)
         run_program(("--model", bert, "--task", "rte"), tmp_path / "run")
     assert stop.value.code == status
     lines = capsys.readouterr().err.splitlines()

@@ -31,14 +31,13 @@ LONG = ("--epochs", "150", "--batch_size", "8")  # seconds, so that there is a m
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray cluster of one node with an address of its own and one CPU."""
+    """A Ray cluster of one node with one CPU, at this machine's address."""
     from ray.cluster_utils import Cluster
 
     made = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
-            "node_ip_address": "127.0.0.1",
             "object_store_memory": 80 * 2**20,
             "include_dashboard": False,
         },

@@ -90,7 +90,7 @@ def test_another_teacher_or_recipe_is_another_grid(place: Path, tmp_path: Path) 
         claim(tmp_path / "grid", describe(hotter, same))
     other = there | {"teacher_sha256": {"mnli": "0"}}
     write_json(tmp_path / "other/grid.json", other)
-    with pytest.raises(InputError, match="the teacher of mnli changed"):
+    with pytest.raises(InputError, match="the teacher's weights of mnli are others"):
         claim(tmp_path / "other", there)
 
 

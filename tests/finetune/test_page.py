@@ -119,6 +119,29 @@ def test_the_summary_counts_the_tasks_on_which_the_difference_is_real() -> None:
     )
 
 
+def test_the_test_over_all_tasks_is_told_too() -> None:
+    report = made(teacher=0.8, good=0.79)
+    whole = {"task": "all tasks together", "metric": "main", "difference": -0.026, "p": 0.0004}
+    report["tests"].append(report["tests"][0] | whole)
+    assert "All tasks together: 2.6 points apart, p < 0.001." in words(page(report))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(22_700_000, "It is no smaller"), (45_400_000, "It is 2.0× larger")],
+)
+def test_a_student_that_is_no_smaller_is_not_called_smaller(size: int, said: str) -> None:
+    report = made(teacher=0.8, good=0.79)
+    report["models"][1]["parameters"] = size
+    assert said in words(page(report))
+
+
+def test_an_average_that_no_model_has_is_named_but_gets_no_column() -> None:
+    told = words(page(sample_report()))
+    assert "average: GLUE-5" in told and "average: HTD" not in told
+    assert "No model here has all the tasks of the averages of HTD." in told
+
+
 def test_a_verdict_needs_a_small_p_and_follows_the_sign() -> None:
     report = made(a=0.7, b=0.6)
     verdicts = []

@@ -33,9 +33,14 @@ def test_every_row_of_the_papers_tables_is_there() -> None:
         key = row["paper"], row["table"]
         counts[key] = counts.get(key, 0) + 1
     assert counts == {
-        ("HTD", "1"): 9, ("HTD", "2"): 11, ("HTD", "3"): 18, ("HTD", "4"): 8,
-        ("ETD", "1"): 15, ("ETD", "2"): 8,
-        ("DistilBERT", "1"): 3, ("DistilBERT", "4"): 4,
+        ("HTD", "1"): 9,
+        ("HTD", "2"): 11,
+        ("HTD", "3"): 18,
+        ("HTD", "4"): 8,
+        ("ETD", "1"): 15,
+        ("ETD", "2"): 8,
+        ("DistilBERT", "1"): 3,
+        ("DistilBERT", "4"): 4,
     }
 
 

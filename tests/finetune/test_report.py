@@ -169,9 +169,12 @@ def test_distillations_stand_beside_htds_table_3(tmp_path: Path, report: Reporte
     for seed, score in enumerate(BIG):
         how = {"objective": "att-mse", "init": "1,2,3", "teacher": "t", "layers": [], "stages": {}}
         two = {"f1": score, "accuracy": score - 0.1}
-        write_trial(grid, "att-mse-1", result("mrpc", two, seed=seed, distillation=how))
-    (entry,) = report(grid)["distillations"]
+        more = {"distillation": how, "potstill": {"tokens": 1}}
+        write_trial(grid, "att-mse-1", result("mrpc", two, seed=seed, **more))
+    found = report(grid)
+    (entry,) = found["distillations"]
     assert (entry["objective"], entry["init"], entry["seeds"]) == ("att-mse", "1,2,3", 3)
+    assert found["models"][0]["pretraining"] is None  # the facts in a result are the teacher's
     text = (tmp_path / "report/report.md").read_text()
     assert "| att-mse | 1,2,3 | 71.0 ± 1.0 | 61.0 ± 1.0 | 3 | 72.4 ± 0.5 (1,2,3) |" in text
 
@@ -212,6 +215,26 @@ def test_pretraining_comes_with_its_tokens_and_flops(tmp_path: Path, report: Rep
     (model,) = report(tmp_path / "run")["models"]
     assert model["name"] == "distilled"
     assert model["pretraining"] == {"flops": 2e10, **facts}
+    write_json(tmp_path / "run/result.json", made | {"potstill": facts | {"FLOPs": 7e12}})
+    assert report(tmp_path / "run")["models"][0]["pretraining"]["flops"] == 7e12
+
+
+def test_costs_are_of_the_model_as_told_else_as_the_grid_says(
+    grid: Path, bert: Path, roberta: Path, report: Reporter
+) -> None:
+    models = {name: {"path": str(bert), "sha256": name} for name in ("big", "small")}
+    write_json(grid / "grid.json", {"models": models})
+    found = {m["name"]: m for m in report(grid, "--models", f"small={roberta}")["models"]}
+    for name, folder in (("big", bert), ("small", roberta)):
+        assert found[name]["size_bytes"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_model_that_is_gone_has_no_costs_and_the_notes_say_so(
+    grid: Path, report: Reporter
+) -> None:
+    found = report(grid)
+    assert found["models"][0]["size_bytes"] is None
+    assert any("folder is not there" in note and "big, small" in note for note in found["notes"])
 
 
 def test_wrong_folders_names_and_outputs_are_refused_in_a_line(

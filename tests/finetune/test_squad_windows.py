@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig
 
 from data_prep.tokenization import load_tokenizer
 from finetune.settings import DataSettings
-from finetune.squad import load_squad
+from finetune.squad import load_squad, span_head
+from finetune.squad_answers import squad_scores
 from finetune.squad_windows import (
     OUTSIDE,
     Question,
@@ -29,8 +30,8 @@ SETTINGS = WindowSettings(max_length=40, doc_stride=8)
 class Configured:
     """As much of a model as cutting looks at."""
 
-    def __init__(self, folder: Path) -> None:
-        self.config = AutoConfig.from_pretrained(folder)
+    def __init__(self, folder: Path | None) -> None:
+        self.config = AutoConfig.from_pretrained(folder) if folder else BertConfig()
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -102,6 +103,22 @@ def test_a_question_without_room_for_its_context_is_named(bert: Path) -> None:
     check_room(tokenizer, questions, WindowSettings(size + 3 + 8 + 1, 8), "here")
     with pytest.raises(InputError, match=f"question 1 .here. has {size} .* needs {size + 12};"):
         check_room(tokenizer, questions, WindowSettings(size + 3 + 8, 8), "here")
+
+
+def test_perfect_logits_reach_nearly_all_of_the_real_scores(real_data: Path) -> None:
+    settings = DataSettings(
+        task="squad", data=str(real_data), max_train_rows=1, max_validation_rows=400
+    )
+    head, folder = span_head(settings), real_data / "vocab/bert-base-uncased"
+    questions = head.data.splits["validation"]
+    table = cut_into_windows(load_tokenizer(folder), Configured(None), questions, head.windows)
+    places = (len(table), max(map(len, table["input_ids"])))
+    start, end = np.full(places, -9.0, np.float32), np.full(places, -9.0, np.float32)
+    for logits, positions in ((start, "start_positions"), (end, "end_positions")):
+        logits[np.arange(len(table)), table[positions]] = 9
+    got = head.answer(table, questions, start, end)
+    scores = squad_scores(questions, [best[0].text for best in got])
+    assert scores["f1"] > 0.99 and scores["em"] > 0.98  # not 1: answers within a token
 
 
 def test_the_real_rows_answers_are_where_their_windows_say(real_data: Path, bert: Path) -> None:
