@@ -61,9 +61,12 @@ def read_report(path: Path) -> str:
         InputError: the file cannot be read.
     """
     try:
-        return page(json.loads(path.read_text(encoding="utf-8")))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(report, dict) and report.get("scores")):
+            raise ValueError("no scores in it")
     except (OSError, ValueError) as error:
         raise InputError(f"--report {path}: {error}; give report.py's report.json") from error
+    return page(report)
 
 
 def main() -> None:

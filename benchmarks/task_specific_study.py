@@ -22,6 +22,7 @@ import torch
 from common import DATA, RESULTS, execute, machine, packaged_teacher, write_report
 from scipy.stats import spearmanr
 
+from finetune.papers import paper_rows
 from finetune.selection import Best, best_of_grid, read_trials
 from finetune.significance import paired
 
@@ -29,31 +30,17 @@ TASKS = ("rte", "mrpc")
 PAPER_METRIC = {"rte": "accuracy", "mrpc": "accuracy"}  # HTD's MRPC "F1" lies below always-yes
 CHOICES = {"2-4-6": "4,8,12", "1-4-6": "1,8,12", "1-2-3": "1,2,3"}  # ours of 6, the paper's of 12
 OBJECTIVES = ("vanilla-kd", "hid-cls", "hid-seq", "att-mse")
-PAPER: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]] = {
-    # How to Distill your BERT (ACL 2023), Table 3: mean and standard deviation of 4 runs
-    "vanilla-kd": {
-        "4,8,12": {"mrpc": (71.2, 0.80), "rte": (54.0, 1.24)},
-        "1,8,12": {"mrpc": (71.2, 0.88), "rte": (55.5, 1.07)},
-        "1,2,3": {"mrpc": (78.6, 0.18), "rte": (57.1, 1.46)},
-    },
-    "hid-cls": {
-        "4,8,12": {"mrpc": (71.3, 0.41), "rte": (54.0, 2.17)},
-        "1,8,12": {"mrpc": (71.9, 0.10), "rte": (56.1, 0.88)},
-        "1,2,3": {"mrpc": (74.3, 1.00), "rte": (57.1, 1.37)},
-    },
-    "hid-seq": {
-        "4,8,12": {"mrpc": (72.9, 0.50), "rte": (51.8, 1.10)},
-        "1,8,12": {"mrpc": (72.0, 0.70), "rte": (55.2, 1.40)},
-        "1,2,3": {"mrpc": (75.5, 1.14), "rte": (56.6, 0.74)},
-    },
-    "att-mse": {
-        "4,8,12": {"mrpc": (71.1, 0.41), "rte": (54.4, 1.03)},
-        "1,8,12": {"mrpc": (72.5, 1.36), "rte": (57.2, 0.96)},
-        "1,2,3": {"mrpc": (72.4, 0.49), "rte": (60.3, 1.49)},
-    },
-}
-
 Values = dict[tuple[str, str, str], dict[int, float | None]]  # task, objective, choice: by seed
+
+
+def paper_score(task: str, objective: str, choice: str) -> Mapping[str, Any]:
+    """Mean and standard deviation, as fractions, of a cell of the paper's Table 3."""
+    for row in paper_rows():
+        place = (row["paper"], row["table"], row["objective"], row["init"])
+        if place == ("HTD", "3", objective, CHOICES[choice]):
+            assert row["scores"][task]["metric"] == PAPER_METRIC[task]
+            return dict(row["scores"][task])
+    raise LookupError(f"papers.json has no {objective} from {CHOICES[choice]} in HTD's Table 3")
 
 
 def fine_tune_teacher(chosen: argparse.Namespace) -> dict[str, Best]:
@@ -106,8 +93,9 @@ def table(cells: Sequence[Best], values: Values, teachers: Mapping[str, Best]) -
         shown = []
         for task in TASKS:
             scores = values[task, objective, ours]
-            mean, std = PAPER[objective][theirs][task]
-            shown.append(f"{mean_of(scores):.1f} ± {deviation(scores):.1f} [{mean} ± {std}]")
+            cell = paper_score(task, objective, ours)
+            paper = f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.2f}"
+            shown.append(f"{mean_of(scores):.1f} ± {deviation(scores):.1f} [{paper}]")
         layers = f"{ours.replace('-', ',')} ({theirs})"
         rows.append(f"| `{objective}` | {layers} | {' | '.join(shown)} |")
     means = [mean_of({0: teachers[t].trials[0].score(None, PAPER_METRIC[t])}) for t in TASKS]
@@ -140,7 +128,7 @@ def compare(values: Values) -> dict[str, Any]:
     order = {}
     for task in TASKS:
         ours = [mean_of(values[task, objective, choice]) for objective, choice in cells]
-        theirs = [PAPER[o][CHOICES[choice]][task][0] for o, choice in cells]
+        theirs = [paper_score(task, *cell)["mean"] for cell in cells]
         found = spearmanr(ours, theirs)
         order[task] = {"spearman": float(found.statistic), "p": float(found.pvalue)}
     return {"tests": tests, "order": order}

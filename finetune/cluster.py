@@ -26,6 +26,7 @@ from potstill.files import write_text
 
 OBJECT_STORE_BYTES = 80 * 2**20  # results are small; Ray's own choice is a third of the memory
 LOOK_SECONDS = 5.0  # between two looks at which nodes there are
+STARTS = 3  # of Ray in this program
 BAD_STARTS = 3  # of workers of one node, one after another
 LONGEST_SOCKET_FOLDER = 40  # characters: the paths of Ray's sockets must stay below 107
 TEMPORARY = ".ray"  # in the grid's folder: where Ray keeps its sockets and logs
@@ -209,6 +210,7 @@ def connected(settings: GridSettings, output: Path, paths: Sequence[Path]) -> It
 
     Raises:
         InputError: Ray is not installed, or no such cluster can be joined.
+        TrainingError: Ray does not start on this machine.
     """
     ray = _ray()
     for left in output.glob(f"{TOKEN}*"):  # of a grid that was killed; the folder is this one's
@@ -244,19 +246,11 @@ def _ray() -> Any:
 def _joined(ray: Any, settings: GridSettings, output: Path) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     temporary, handler = None, signal.getsignal(signal.SIGTERM)
-    try:
-        if settings.address is not None:
-            ray.init(address=settings.address, **quiet)
-        else:
-            temporary = _temporary_folder(output)
-            _embedded(ray, settings, temporary, quiet)
-    except (RuntimeError, ValueError, OSError) as error:  # what Ray raises of its own
-        remedy = (
-            f"--address {settings.address}: no cluster could be joined"
-            if settings.address is not None
-            else "Ray cannot start on this machine"
-        )
-        raise InputError(f"{remedy} ({_last_line(error)})") from error
+    if settings.address is not None:
+        _join(ray, settings.address, quiet)
+    else:
+        temporary = _temporary_folder(output)
+        _embed(ray, settings, temporary, quiet)
     signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
     try:
         yield
@@ -267,8 +261,33 @@ def _joined(ray: Any, settings: GridSettings, output: Path) -> Iterator[None]:
             (output / TEMPORARY).unlink(missing_ok=True)
 
 
-def _embedded(ray: Any, settings: GridSettings, temporary: Path, quiet: dict[str, Any]) -> None:
-    """Start Ray in this program; threads are set for the processes that it starts."""
+def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:  # Ray raises whatever its parts raise, Exception itself too
+        raise InputError(
+            f"--address {address}: no cluster could be joined ({_last_line(error)}); start the "
+            "grid on a machine of the cluster"
+        ) from error
+
+
+def _embed(ray: Any, settings: GridSettings, temporary: Path, quiet: dict[str, Any]) -> None:
+    """Start Ray in this program; on a busy machine it may take longer than Ray itself waits."""
+    for start in range(1, STARTS + 1):
+        try:
+            _start_here(ray, settings, temporary, quiet)
+            return
+        except Exception as error:  # as for a cluster
+            ray.shutdown()
+            if start == STARTS:
+                raise TrainingError(
+                    f"Ray cannot start on this machine ({_last_line(error)}); start the same "
+                    "command again when it is less busy"
+                ) from error
+
+
+def _start_here(ray: Any, settings: GridSettings, temporary: Path, quiet: dict[str, Any]) -> None:
+    """Start Ray once; threads are set for the processes that it starts."""
     gpus = _gpus()
     workers = settings.workers or gpus or max(1, _cores() // settings.threads)
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)

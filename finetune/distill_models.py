@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from data_prep.tokenization import tokenizer_fingerprint
 from finetune.classifier import Classifier, load_classifier, output_names
 from finetune.distill_settings import PAPER_LAYERS, RecipeSettings, paper_init
+from finetune.model_checks import tokenizing
 from finetune.tasks import TaskData
 from potstill.errors import InputError
 from pretrain.attention import choose_attention
@@ -21,6 +22,7 @@ from pretrain.batches import Batch
 from pretrain.dropout import replace_dropout
 from pretrain.encoder import encode
 from pretrain.features import Feature
+from pretrain.model_config import check_model_config
 from pretrain.models import HEADS, freeze
 from pretrain.objectives.base import LayerPair, full_precision
 from pretrain.student.depth import LIST, layers_to_copy, map_layers
@@ -50,15 +52,21 @@ def load_teacher(
             raise _headless(folder, "has no head")
         order = data.order_for(names)
         teacher = load_classifier(folder, order, max_length, seed)
-    kind = teacher.model.config.model_type
-    if kind not in HEADS:
-        raise InputError(
-            f"--teacher {folder}: model type {kind!r} is not supported; "
-            f"supported are {', '.join(HEADS)}"
-        )
+    _check_walkable(teacher, f"--teacher {folder}")
     if teacher.fresh_parameters:
         raise _headless(folder, f"has no trained {teacher.fresh_parameters[0]}")
     return teacher, order
+
+
+def _check_walkable(classifier: Classifier, blamed: str) -> None:
+    """Refuse an architecture whose layers `pretrain.encoder` would not walk as they are meant."""
+    config = classifier.model.config
+    if config.model_type not in HEADS:
+        raise InputError(
+            f"{blamed}: model type {config.model_type!r} is not supported; "
+            f"supported are {', '.join(HEADS)}"
+        )
+    check_model_config(config, blamed)
 
 
 def _headless(folder: Path, what: str) -> InputError:
@@ -137,7 +145,7 @@ def cut_student(teacher: Classifier, plan: Plan, seed: int) -> Classifier:
 def load_student(
     folder: Path, teacher: Classifier, order: Sequence[str], max_length: int, seed: int
 ) -> Classifier:
-    """A student that was made elsewhere; its head, where it has none, is drawn from `seed`.
+    """A student that was made elsewhere; a head, where it has none, is drawn from `seed`.
 
     Raises:
         InputError: a folder that `load_classifier` refuses, a head for other labels, another
@@ -151,16 +159,15 @@ def load_student(
                 f"{', '.join(order)}; give a student without a head"
             )
         student = load_classifier(folder, order, max_length, seed)
-    if student.model.config.model_type not in HEADS:
-        raise InputError(
-            f"--student {folder}: model type {student.model.config.model_type!r} is not "
-            f"supported; supported are {', '.join(HEADS)}"
-        )
-    ours, theirs = (tokenizer_fingerprint(c.tokenizer) for c in (student, teacher))
+    _check_walkable(student, f"--student {folder}")
+    ours, theirs = (
+        (tokenizer_fingerprint(c.tokenizer), tokenizing(c.model, max_length))
+        for c in (student, teacher)
+    )
     if ours != theirs:
         raise InputError(
-            f"--student {folder}: its tokenizer is not the teacher's, so their tokens cannot be "
-            "compared; give a student with the teacher's"
+            f"--student {folder}: its tokenizer is not the teacher's, or only one of them has "
+            "token types, so their tokens cannot be compared; give a student with the teacher's"
         )
     return student
 

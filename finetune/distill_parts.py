@@ -1,5 +1,6 @@
 """Everything that a distillation is made of, read and checked before anything long."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ from finetune.distill_settings import DistillSettings
 from finetune.distill_stages import Source
 from finetune.heads import LabelHead
 from finetune.tasks import load
-from finetune.teacher_store import LOGITS, open_store
+from finetune.teacher_store import LOGITS, check_store, open_store
 from finetune.training import has_bf16
+from potstill.errors import InputError
 from pretrain.features import Feature
 from pretrain.models import shape_of
 from pretrain.objectives import Settings, build_objective, check_models
@@ -105,13 +107,9 @@ def prepare(settings: DistillSettings) -> Parts:
     data, folder = load(settings.data), Path(folders.teacher)
     teacher, order = load_teacher(folder, data, longest, recipe.seed)
     data.numbered(order)  # raises for labels that the training rows do not know
-    depth = teacher.model.config.num_hidden_layers
-    if folders.student is None:
-        plan = plan_student(recipe, depth)
-        student = cut_student(teacher, plan, recipe.seed)
-    else:
-        student = load_student(Path(folders.student), teacher, order, longest, recipe.seed)
-        plan = plan_student(recipe, depth, own=student.model.config.num_hidden_layers)
+    plan, student = _student(settings, teacher, order)
+    if folders.teacher_features is not None:
+        check_store(Path(folders.teacher_features))
     config = {
         "model": folders.teacher,
         "model_sha256": fingerprint(folder),
@@ -135,6 +133,24 @@ def prepare(settings: DistillSettings) -> Parts:
     )
 
 
+def _student(
+    settings: DistillSettings, teacher: Classifier, order: Sequence[str]
+) -> tuple[Plan, Classifier]:
+    """A cut of the teacher, or the model of `--student`."""
+    recipe, own = settings.recipe, settings.folders.student
+    depth = teacher.model.config.num_hidden_layers
+    if own is None:
+        plan = plan_student(recipe, depth)
+        return plan, cut_student(teacher, plan, recipe.seed)
+    student = load_student(Path(own), teacher, order, settings.data.max_length, recipe.seed)
+    if student.fresh_parameters and not recipe.epochs:
+        raise InputError(
+            f"--epochs 0: --student {own} has no trained {student.fresh_parameters[0]}, and only "
+            "stage 2 trains it; give one epoch or more"
+        )
+    return plan_student(recipe, depth, student.model.config.num_hidden_layers), student
+
+
 def _objective(
     settings: DistillSettings, plan: Plan, student: Classifier, teacher: Classifier, rows: int
 ) -> WeightedSum | None:
@@ -146,6 +162,13 @@ def _objective(
     negatives = min(recipe.negatives, max(1, rows // 2))
     knobs = Settings(plan.pairs, relation_heads=recipe.relation_heads, negatives=negatives)
     objective = build_objective(recipe.objective, knobs)
+    for name, term in zip(objective.names, objective.objectives, strict=True):
+        kinds = {feature.kind for feature in term.student_features() | term.teacher_features()}
+        if kinds & {"logits", "predictions"} or term.counted == "masked":
+            raise InputError(
+                f"--objective {recipe.objective}: {name} learns from an MLM head or masked tokens, "
+                "which a classifier has not; take att-mse, hid-seq, … , or vanilla-kd alone"
+            )
     check_models(objective, shape_of(student.model.config), shape_of(teacher.model.config))
     return objective
 

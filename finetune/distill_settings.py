@@ -1,28 +1,28 @@
 """What task-specific distillation is told: folders, data, and the recipe; checked at once.
 
 Defaults are those of How to Distill your BERT (section 4 and appendix A), which took them from
-RoBERTa's fine-tuning (Liu et al. 2019, GLUE): `TASK_RECIPES`.
+RoBERTa's fine-tuning (Liu et al. 2019, GLUE): `SMALL_TASKS`.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
-from finetune.settings import LARGEST_SEED, SPANS, DataSettings
-from finetune.settings import _between as check_between
-from finetune.settings import _flag as flag
+from finetune.settings import (
+    LARGEST_SEED,
+    SPANS,
+    DataSettings,
+    check_between,
+    check_folder_given,
+    flag,
+    flag_parser,
+    read_flags,
+)
 from potstill.errors import InputError
-from potstill.text import fits_a_line
-from pretrain.objectives import SUMS
-from pretrain.objectives.composite import parse_expression
 
 VANILLA = "vanilla-kd"
 """The objective without an intermediate stage: predictions from soft and true labels at once."""
 
-MLM_TERMS = ("mlm", "kd")  # objectives on the logits of an MLM head, which a classifier lacks
 SMALL_TASKS = {"cola": 1e-5, "mrpc": 1e-5, "rte": 2e-5, "stsb": 2e-5}
 """Learning rates of the tasks that RoBERTa fine-tunes with batches of 16; others: 1e-5, 32."""
 
@@ -97,7 +97,6 @@ class RecipeSettings:
     )
 
     def __post_init__(self) -> None:
-        _check_objective(self.objective)
         for name in ("intermediate_epochs", "epochs"):
             check_between(name, getattr(self, name), 0, 100_000)
         for name in ("student_layers", "relation_heads", "negatives"):
@@ -134,6 +133,7 @@ class DistillSettings:
     recipe: RecipeSettings
 
     def __post_init__(self) -> None:
+        self._check_own_student()
         if self.data.task == SPANS:
             raise InputError(
                 f"--task {SPANS}: task-specific distillation is for labels of whole rows; "
@@ -145,6 +145,16 @@ class DistillSettings:
             raise InputError(
                 f"--accumulation {parts} does not divide --batch_size {size}; give a divisor of it"
             )
+
+    def _check_own_student(self) -> None:
+        """Refuse what tells of a cut of the teacher where the student has a folder of its own."""
+        for name, default in (("init", RecipeSettings.init), ("student_layers", None)):
+            value = getattr(self.recipe, name)
+            if self.folders.student is not None and value != default:
+                raise InputError(
+                    f"--{name} {value}: --student {self.folders.student} has its own layers; leave "
+                    f"--{name} out"
+                )
 
     @property
     def batch_size(self) -> int:
@@ -186,18 +196,6 @@ def paper_init(init: str, teacher_layers: int) -> str:
     return named[init]
 
 
-def _check_objective(expression: str) -> None:
-    if expression == VANILLA:
-        return
-    for _, name in parse_expression(expression):
-        terms = [term for _, term in parse_expression(SUMS[name].terms)] if name in SUMS else [name]
-        if any(term in MLM_TERMS for term in terms):
-            raise InputError(
-                f"--objective {expression}: {name} learns from an MLM head, which a classifier has "
-                "not; take att-mse, hid-seq, … , or vanilla-kd alone"
-            )
-
-
 def parse(arguments: Sequence[str] | None) -> DistillSettings:
     """Read the command line (`None`: of this process).
 
@@ -205,31 +203,13 @@ def parse(arguments: Sequence[str] | None) -> DistillSettings:
         InputError: a flag is unknown, or its value makes no sense.
         SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
     """
-    parser = HfArgumentParser(
-        [FolderSettings, DataSettings, RecipeSettings],
-        description="Distil a teacher fine-tuned on a task into a student with fewer layers: "
+    parser = flag_parser(
+        (FolderSettings, DataSettings, RecipeSettings),
+        "Distil a teacher fine-tuned on a task into a student with fewer layers: "
         "first its intermediate layers, then its predictions (How to Distill your BERT, 4).",
-        allow_abbrev=False,
     )
-    folders, data, recipe, unknown = parser.parse_args_into_dataclasses(
-        None if arguments is None else list(arguments),
-        look_for_args_file=False,
-        return_remaining_strings=True,
-    )
-    if unknown:
-        raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
-    paths = (*asdict(folders).values(), data.data, data.train_file, data.validation_file)
-    for text in paths:
-        if isinstance(text, str) and not fits_a_line(text):
-            raise InputError(
-                f"{text!r}: a path with a line break, another control character or bytes that are "
-                "no UTF-8; rename it"
-            )
-    for name in ("teacher", "student"):
-        folder = getattr(folders, name)
-        if folder is not None and not os.path.isdir(folder):
-            raise InputError(
-                f"--{name} {folder}: no such folder; give a folder with config.json, "
-                "model.safetensors and a tokenizer"
-            )
+    folders, data, recipe = read_flags(parser, arguments)
+    check_folder_given("teacher", folders.teacher)
+    if folders.student is not None:
+        check_folder_given("student", folders.student)
     return DistillSettings(folders, data, recipe)

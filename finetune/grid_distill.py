@@ -129,7 +129,14 @@ def survey_distillations(settings: GridSettings) -> Survey:
     models: dict[str, ModelFacts] = {}
     tasks: dict[str, TaskFacts] = {}
     for task, teacher in progress(teachers_of(settings).items(), desc="checking", leave=False):
-        for name, recipe in recipes_of(settings, teacher).items():
+        recipes = recipes_of(settings, teacher)
+        if models and recipes.keys() != models.keys():
+            raise InputError(
+                f"--init {settings.init}: {_depth(teacher)} layers, as the teacher of {task} has, "
+                f"make it {', '.join(recipes)}, those before {', '.join(models)}; run a grid for "
+                "each depth of teacher"
+            )
+        for name, recipe in recipes.items():
             folders = FolderSettings(str(teacher), os.path.join(settings.output, "trials"))
             try:
                 parts = prepare(DistillSettings(folders, settings.data_settings(task), recipe))

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
-from finetune.settings import DataSettings, TrainSettings
-from finetune.settings import _between as check_between
-from finetune.settings import _flag as flag
+from finetune.settings import (
+    DataSettings,
+    TrainSettings,
+    check_between,
+    flag,
+    flag_parser,
+    read_flags,
+)
 from potstill.errors import InputError
 from potstill.text import fits_a_line
 
@@ -206,28 +209,18 @@ def parse(arguments: Sequence[str] | None) -> GridSettings:
         InputError: a flag or a preset's entry is unknown, or its value makes no sense.
         SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
     """
-    parser = HfArgumentParser(
-        [GridSettings],
+    parser = flag_parser(
+        (GridSettings,),
         description="Fine-tune models on tasks with every combination of learning rate, batch "
         "size, epochs and seed, many at a time, and write one table of them.",
         epilog="Run the same command again after any interruption; give more models, tasks or "
         "values to extend a grid in its own folder.",
-        allow_abbrev=False,
     )
-    given = None if arguments is None else list(arguments)
-    preset = parser.parse_known_args(given)[0].preset
+    preset = parser.parse_known_args(arguments)[0].preset
     if preset is not None:
         parser.set_defaults(**read_preset(preset))
-    settings, unknown = parser.parse_args_into_dataclasses(
-        given, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise InputError(f"unknown arguments: {' '.join(unknown)}; --help lists the known ones")
-    for text in (settings.data, settings.output):
-        if not fits_a_line(text):
-            raise InputError(
-                f"{text!r}: a path with a line break or a control character; rename it"
-            )
+    (settings,) = read_flags(parser, arguments)
+    assert isinstance(settings, GridSettings)
     return settings
 
 

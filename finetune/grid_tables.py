@@ -15,6 +15,7 @@ from finetune.grid_file import FAILED_FILE
 from finetune.grid_plan import is_started, short
 from finetune.results import writing
 from finetune.selection import Best, Trial, best_of_grid, read_grid, read_trials
+from potstill.errors import InputError
 from potstill.files import write_json, write_text
 
 COLUMNS = (
@@ -45,12 +46,22 @@ def write_tables(output: Path) -> None:
 
 
 def read_failed(output: Path) -> list[dict[str, Any]]:
-    """The trials that were given up, sorted: task, model, configuration, reason, attempts."""
+    """The trials that were given up, sorted: task, model, configuration, reason, attempts.
+
+    Raises:
+        InputError: a failed.json is damaged.
+    """
     failed = []
     for path in sorted((output / "trials").glob(f"*/*/*/{FAILED_FILE}")):
         task, model, configuration = path.parent.parts[-3:]
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        failed.append({"task": task, "model": model, "configuration": configuration, **facts})
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            told = {"reason": facts["reason"], "attempts": facts["attempts"]}
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error!r}); remove it, and run the grid again"
+            ) from error
+        failed.append({"task": task, "model": model, "configuration": configuration, **told})
     return failed
 
 

@@ -25,7 +25,9 @@ def heat_maps(study: Study) -> str:
         maps = "".join(_heat_map(study, grid) for grid in of)
         name = f"<h3>{escape(title(task))}, {escape(title(study.main_metrics[task]))}, %</h3>"
         parts.append(f'<div{when(grid=n)}>{name}<div class="cards">{maps}</div></div>')
-    note = "Colour: from the worst to the best configuration (★) of each model."
+    note = (
+        "Colour: from the lowest to the highest mean of each model; ★: the one that stands for it."
+    )
     return f'{"".join(parts)}<p class="note">{note}</p>'
 
 
@@ -41,8 +43,15 @@ def _heat_map(study: Study, grid: Mapping[str, Any]) -> str:
         Column(f"batch {batch}" + (f", {epochs} epochs" if several else ""), True)
         for batch, epochs in others
     ]
+    score = study.score(grid["model"], grid["task"])  # of equal means, or few seeds, not all count
+    best = score and (score["lr"], score["batch_size"], score["epochs"])
     rows = [
-        Row([short(rate), *(_heat(cells.get((rate, *o)), low, high) for o in others)])
+        Row(
+            [
+                short(rate),
+                *(_heat(cells.get((rate, *o)), low, high, (rate, *o) == best) for o in others),
+            ]
+        )
         for rate in rates
     ]
     number = study.number(grid["model"])
@@ -51,12 +60,12 @@ def _heat_map(study: Study, grid: Mapping[str, Any]) -> str:
     return f'<section class="card heat" data-series="{number}"><h4>{name}</h4>{board}</section>'
 
 
-def _heat(cell: Mapping[str, Any] | None, low: float, high: float) -> Cell:
+def _heat(cell: Mapping[str, Any] | None, low: float, high: float, best: bool) -> Cell:
     if cell is None or cell["mean"] is None:
         return Cell(ABSENT)
     warmth = round(WARMTHS * (cell["mean"] - low) / ((high - low) or 1))
     seeds = cell["seeds"]
-    text = spread(cell["mean"], cell["std"]) + (" ★" if cell["mean"] == high else "")
+    text = spread(cell["mean"], cell["std"]) + (" ★" if best else "")
     tip = f"{text}, {seeds if isinstance(seeds, int) else len(seeds)} seeds"
     return Cell(text, cell["mean"], f' data-heat="{warmth}" title="{escape(tip)}"')
 

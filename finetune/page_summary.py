@@ -11,6 +11,7 @@ from potstill.page_frame import Cell, Column, Row, table
 ENOUGH = 0.95  # share of the teacher's score
 CHANCE = 0.05  # p-values below it are called a difference
 LEAST_P = 0.001
+TOO_FEW = "too few seeds"
 
 
 def summary(study: Study) -> str:
@@ -107,7 +108,9 @@ def _difference(study: Study, best: str) -> Iterator[str]:
     tested = [test for test in pairs if test["p"] is not None]
     if not tested:
         if study.teacher:
-            yield "Whether that is a real difference was not tested: there are too few seeds."
+            reasons = dict.fromkeys(str(test.get("reason") or TOO_FEW) for test in pairs)
+            why = "; ".join(reasons) or f"no test of {best} and {study.teacher} was made"
+            yield f"Whether that is a real difference was not tested: {escape(why)}."
         return
     real = [test for test in tested if test["p"] < CHANCE]
     names = ", ".join(title(test["task"]) for test in real)

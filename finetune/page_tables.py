@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from finetune.page_data import ABSENT, Study, percent, spread, switch, title, when
-from finetune.page_summary import CHANCE, flops_cell, written_p
+from finetune.page_summary import CHANCE, TOO_FEW, flops_cell, written_p
 from potstill.chart_axis import short
 from potstill.charts import key
 from potstill.page_frame import Cell, Column, Row, details, table
@@ -148,11 +148,7 @@ def tests(study: Study) -> str:
 
 def _test_row(test: Mapping[str, Any], place: int) -> Row:
     difference, t, p = test["difference"], test["t"], test["p"]
-    says = (
-        f"not tested: {test.get('reason') or 'too few seeds'}"
-        if p is None
-        else "no difference shown"
-    )
+    says = f"not tested: {test.get('reason') or TOO_FEW}" if p is None else "no difference shown"
     if p is not None and p < CHANCE:
         says = "a is better" if difference > 0 else "b is better"
     points = ABSENT if difference is None else f"{100 * difference:+.1f}"

@@ -19,9 +19,16 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from finetune.classifier import Classifier, encode, load_classifier, output_names
 from finetune.results import check_writable, writing
-from finetune.settings import MOST, SPANS, check_model_given, fill_lengths, read_flags
-from finetune.settings import _between as check_between
-from finetune.settings import _flag as flag
+from finetune.settings import (
+    MOST,
+    SPANS,
+    check_between,
+    check_folder_given,
+    fill_lengths,
+    flag,
+    flag_parser,
+    read_flags,
+)
 from finetune.squad import COLUMNS, SpanData, SpanHead, read_questions, span_settings
 from finetune.squad_windows import cut_into_windows
 from finetune.submissions import SUBMISSIONS, Submission, table
@@ -67,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description = "Answer a task's test rows with a fine-tuned model, in its server's format."
     try:
         with raised_signals():
-            (settings,) = read_flags((PredictSettings,), description, arguments)
-            check_model_given(settings.model)
+            (settings,) = read_flags(flag_parser((PredictSettings,), description), arguments)
+            check_folder_given("model", settings.model)
             use_one_device()
             predict(settings)
     except Signalled as signalled:

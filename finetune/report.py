@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from finetune.classifier import fingerprint
 from finetune.costs import STORE, costs
 from finetune.latency import has_onnx
 from finetune.page import page
@@ -41,6 +42,7 @@ class Settings:
     title: str
     models: Mapping[str, Path]
     baseline: str | None
+    teacher: str | None
     latency: bool
     threads: int
 
@@ -67,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         title=given.title,
         models=dict(map(_named, given.models)),
         baseline=given.baseline,
+        teacher=given.teacher,
         latency=not given.no_latency,
         threads=given.threads,
     )
@@ -100,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         metavar="MODEL",
         help="t-tests of this model with every other one; by default of all pairs",
+    )
+    add(
+        "--teacher",
+        metavar="MODEL",
+        help="the page measures the others by it; default: the only one with teacher in its name",
     )
     add("--no_latency", action="store_true", help="do not time the models")
     add(
@@ -136,31 +144,55 @@ def check_output(output: Path) -> None:
 
 
 def model_folders(settings: Settings, trials: Sequence[Trial]) -> dict[str, Path]:
-    """Where each model lies: as told, as its grid says, or as its run was told; if it is there."""
+    """Where each model lies: as told, as its grid says, or as its run was told.
+
+    One that is not there any more, or holds other files than were fine-tuned, is left out.
+
+    Raises:
+        InputError: a folder of --models holds another model than the one that was fine-tuned.
+    """
+    found, tuned = _own_models(settings, trials)
+    there = {name: folder for name, folder in found.items() if folder.is_dir()}
+    changed = [name for name in there if name in tuned and fingerprint(there[name]) != tuned[name]]
+    for name in changed:
+        if name in settings.models:
+            raise InputError(
+                f"--models {name}={there[name]}: another model than the one that was fine-tuned; "
+                "give that one's folder"
+            )
+    return {name: folder for name, folder in there.items() if name not in changed}
+
+
+def _own_models(
+    settings: Settings, trials: Sequence[Trial]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Folders by name; of all models but those distilled on the task also the fingerprint."""
     found: dict[str, Path] = {}
+    tuned: dict[str, str] = {}
     for trial in reversed(trials):
-        distilled = "distillation" in trial.result  # its "model" is the teacher
-        found[trial.model] = trial.folder / "model" if distilled else Path(trial.result["model"])
-    own = {trial.model for trial in trials if "distillation" not in trial.result}
+        if "distillation" in trial.result:  # its "model" is the teacher
+            found[trial.model] = trial.folder / "model"
+        else:
+            found[trial.model] = Path(trial.result["model"])
+            tuned[trial.model] = str(trial.result["settings"].get("model_sha256"))
     for folder in filter(is_grid, settings.folders):
         # with a start from another task the trials' own models are tuned already
         for name, model in read_grid(folder)["models"].items():
-            if name in own and "path" in model:
-                found[name] = Path(model["path"])
-    found |= settings.models
-    return {name: folder for name, folder in found.items() if folder.is_dir()}
+            if name in tuned and "path" in model:
+                found[name], tuned[name] = Path(model["path"]), model["sha256"]
+    return found | dict(settings.models), tuned
 
 
 def check_models(settings: Settings, names: Sequence[str]) -> None:
-    """Refuse a --models or --baseline that no trial has.
+    """Refuse a --models, --baseline or --teacher that no trial has.
 
     Raises:
         InputError: names it.
     """
-    for flag, asked in (("models", [*settings.models]), ("baseline", [settings.baseline])):
-        for name in asked:
-            if name is not None and name not in names:
-                raise InputError(f"--{flag} {name}: no such model; there are {', '.join(names)}")
+    asked = [("baseline", settings.baseline), ("teacher", settings.teacher)]
+    for flag, name in [*(("models", name) for name in settings.models), *asked]:
+        if name is not None and name not in names:
+            raise InputError(f"--{flag} {name}: no such model; there are {', '.join(names)}")
 
 
 def make(settings: Settings) -> Report:
@@ -174,7 +206,7 @@ def make(settings: Settings) -> Report:
     trials = read_trials(settings.folders)
     names = list(dict.fromkeys(trial.model for trial in trials))
     check_models(settings, names)
-    report = build(settings.folders, trials, settings.title, settings.baseline)
+    report = build(settings.folders, trials, settings.title, settings.baseline, settings.teacher)
     folders = model_folders(settings, trials)
     found = costs(folders, settings.output, settings.threads, settings.latency)
     return add_costs(report, found, _cost_notes(settings, names, folders))
@@ -193,8 +225,8 @@ def _cost_notes(settings: Settings, names: Sequence[str], folders: Mapping[str, 
     missing = [name for name in names if name not in folders]
     if missing:
         notes.append(
-            f"No size, FLOPs and latency, for the model's folder is not there: {', '.join(missing)}"
-            " (--models NAME=DIR says where it lies)."
+            "No size, FLOPs and latency, for the model's folder is not there, or holds other files "
+            f"than were fine-tuned: {', '.join(missing)} (--models NAME=DIR says where it lies)."
         )
     return notes
 

@@ -26,12 +26,14 @@ def build(
     trials: Sequence[Trial],
     title: str,
     baseline: str | None = None,
+    teacher: str | None = None,
 ) -> Report:
     """The content of report.json, without the models' costs.
 
     Args:
         folders: grids and runs, and `trials` what `read_trials` found there.
         baseline: t-tests of this model with each other one only.
+        teacher: the model that the page measures the others by; None: it goes by the names.
 
     Raises:
         InputError: nothing to report.
@@ -50,7 +52,7 @@ def build(
         "date": date.today().isoformat(),
         "environment": describe_environment(world_size=1),
         "notes": [*notes(folders, trials, best), *test_notes(compared)],
-        "models": [model_entry(name, trials) for name in names],
+        "models": [model_entry(name, trials, name == teacher) for name in names],
         "tasks": [task_entry(task, best) for task in sorted({cell.task for cell in best})],
         "scores": scores,
         "averages": average_entries(scores, best, names),
@@ -90,11 +92,16 @@ def scores_of(cell: Best) -> list[dict[str, Any]]:
     return found
 
 
-def model_entry(name: str, trials: Sequence[Trial]) -> dict[str, Any]:
-    """One model: its parameters, how it was pretrained, and places for its costs."""
+def model_entry(name: str, trials: Sequence[Trial], teacher: bool) -> dict[str, Any]:
+    """One model: its parameters, how it was pretrained, and places for its costs.
+
+    Args:
+        teacher: whether it was said to be the teacher.
+    """
     result = next(trial.result for trial in trials if trial.model == name)
     return {
         "name": name,
+        "teacher": teacher,
         "parameters": result["parameters"],
         "parameters_without_embeddings": None,
         "size_bytes": None,

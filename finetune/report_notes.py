@@ -113,6 +113,7 @@ def test_notes(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"Paired t-tests: two-sided, over the scores of equal seeds at each model's best "
         f"configuration ({ALL_TASKS}: of equal tasks and seeds, by the main metrics), not "
-        f"corrected for their number. Of {len(done)} tests {below} have "
+        f"corrected for their number, nor for the choice of configurations by these very scores. "
+        f"Of {len(done)} tests {below} have "
         f"p < {SIGNIFICANT}; without any difference about {SIGNIFICANT * len(done):.1f} would."
     ]

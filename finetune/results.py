@@ -83,17 +83,17 @@ def check_output(folder: Path) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--output") -> None:
     """Raise an InputError where `folder` is none, or can neither be written nor made."""
     places = (folder, *folder.absolute().parents)
     try:
         there = next(place for place in places if _exists(place))
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; give another folder") from error
+        raise InputError(f"{flag} {folder}: {error.strerror}; give another folder") from error
     if not there.is_dir():
-        raise InputError(f"--output {folder}: {there} is no folder; give another one")
+        raise InputError(f"{flag} {folder}: {there} is no folder; give another one")
     if not os.access(there, os.W_OK):
-        raise InputError(f"--output {folder}: the folder cannot be written; give another one")
+        raise InputError(f"{flag} {folder}: the folder cannot be written; give another one")
 
 
 def _exists(place: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a GLUE task or on your own labelled rows, and score it after every epoch.
+"""Fine-tune a model on a GLUE task, SQuAD or own rows, and score it after every epoch.
 
 python finetune/run.py --model student/ --task rte --data glue/ --output runs/rte
 python finetune/run.py --model student/ --train_file a.csv --validation_file b.csv --output runs/own

@@ -15,7 +15,8 @@ MOST = 2**31 - 1  # what counts rows and tokens in the libraries
 LARGEST_SEED = 2**32 - 1  # numpy's
 
 
-def _flag(default: Any, text: str) -> Any:
+def flag(default: Any, text: str) -> Any:
+    """A field with a default and what --help says of it."""
     return field(default=default, metadata={"help": text})
 
 
@@ -25,8 +26,8 @@ class RunSettings:
 
     model: str = field(metadata={"help": "folder of the model, with its tokenizer"})
     output: str = field(metadata={"help": "folder of the run; result.json appears there"})
-    save_model: bool = _flag(True, "keep the fine-tuned model in OUTPUT/model")
-    tokenised: str | None = _flag(
+    save_model: bool = flag(True, "keep the fine-tuned model in OUTPUT/model")
+    tokenised: str | None = flag(
         None, "folder that keeps token ids, so that runs on the same rows share them"
     )
 
@@ -35,23 +36,21 @@ class RunSettings:
 class DataSettings:
     """The task: one of GLUE, or the user's own files."""
 
-    task: str | None = _flag(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or squad")
-    data: str | None = _flag(
+    task: str | None = flag(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or squad")
+    data: str | None = flag(
         None, "folder with TASK/train.parquet or glue/TASK/train.parquet; without it, from the hub"
     )
-    train_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
-    validation_file: str | None = _flag(None, "own task: csv, jsonl or parquet")
-    regression: bool = _flag(
-        False, "own task: read the labels as numbers (float labels always are)"
-    )
-    max_length: int = _flag(  # None becomes the task's default below
+    train_file: str | None = flag(None, "own task: csv, jsonl or parquet")
+    validation_file: str | None = flag(None, "own task: csv, jsonl or parquet")
+    regression: bool = flag(False, "own task: read the labels as numbers (float labels always are)")
+    max_length: int = flag(  # None becomes the task's default below
         None, "longest row in tokens (128, squad 384); what is longer is cut, squad's into windows"
     )
-    doc_stride: int | None = _flag(None, "squad: tokens that two windows share (128)")
-    max_answer_length: int | None = _flag(None, "squad: longest answer in tokens (30)")
-    n_best: int | None = _flag(None, "squad: answers a question that nbest.json keeps (20)")
-    max_train_rows: int | None = _flag(None, "train on this many evenly spaced rows only")
-    max_validation_rows: int | None = _flag(None, "validate on this many evenly spaced rows only")
+    doc_stride: int | None = flag(None, "squad: tokens that two windows share (128)")
+    max_answer_length: int | None = flag(None, "squad: longest answer in tokens (30)")
+    n_best: int | None = flag(None, "squad: answers a question that nbest.json keeps (20)")
+    max_train_rows: int | None = flag(None, "train on this many evenly spaced rows only")
+    max_validation_rows: int | None = flag(None, "validate on this many evenly spaced rows only")
 
     def __post_init__(self) -> None:
         own = self.train_file is not None or self.validation_file is not None
@@ -70,7 +69,7 @@ class DataSettings:
             )
         fill_lengths(self)
         for name in ("max_length", "max_train_rows", "max_validation_rows"):
-            _between(name, getattr(self, name), 1, MOST)
+            check_between(name, getattr(self, name), 1, MOST)
 
 
 def fill_lengths(settings: Any) -> None:
@@ -87,34 +86,34 @@ def fill_lengths(settings: Any) -> None:
             object.__setattr__(settings, name, value if given is None else given)
         elif given is not None:
             raise InputError(f"--{name} is for --task {SPANS}; leave it out")
-        _between(name, given, 0 if name == "doc_stride" else 1, 10_000)
+        check_between(name, given, 0 if name == "doc_stride" else 1, 10_000)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The optimiser's knobs; AdamW, linear warm-up, then linear decay to zero."""
 
-    lr: float = _flag(5e-5, "peak learning rate")
-    batch_size: int = _flag(32, "rows per update")
-    accumulation: int = _flag(1, "parts in which a batch is computed, to save memory")
-    epochs: int = _flag(3, "passes over the training rows; 0 only evaluates a fine-tuned model")
-    seed: int = _flag(0, "seed of the fresh head, dropout and the order of rows")
-    warmup: float = _flag(0.06, "share of the updates in which the learning rate rises")
-    weight_decay: float = _flag(0.01, "not applied to biases and layer norms")
-    precision: Literal["auto", "fp32", "bf16"] = _flag(
+    lr: float = flag(5e-5, "peak learning rate")
+    batch_size: int = flag(32, "rows per update")
+    accumulation: int = flag(1, "parts in which a batch is computed, to save memory")
+    epochs: int = flag(3, "passes over the training rows; 0 only evaluates a fine-tuned model")
+    seed: int = flag(0, "seed of the fresh head, dropout and the order of rows")
+    warmup: float = flag(0.06, "share of the updates in which the learning rate rises")
+    weight_decay: float = flag(0.01, "not applied to biases and layer norms")
+    precision: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "bf16 is autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32"
     )
 
     def __post_init__(self) -> None:
-        _between("batch_size", self.batch_size, 1, 1_000_000)
-        _between("accumulation", self.accumulation, 1, self.batch_size)
+        check_between("batch_size", self.batch_size, 1, 1_000_000)
+        check_between("accumulation", self.accumulation, 1, self.batch_size)
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"--accumulation {self.accumulation} does not divide --batch_size "
                 f"{self.batch_size}; give a divisor of it"
             )
-        _between("epochs", self.epochs, 0, 100_000)
-        _between("seed", self.seed, 0, LARGEST_SEED)
+        check_between("epochs", self.epochs, 0, 100_000)
+        check_between("seed", self.seed, 0, LARGEST_SEED)
         if not 0 < self.lr <= 1:
             raise InputError(f"--lr {self.lr}: give a number above 0 and up to 1, such as 3e-5")
         if not 0 <= self.warmup < 1:
@@ -123,7 +122,8 @@ class TrainSettings:
             raise InputError(f"--weight_decay {self.weight_decay}: give a number from 0 to 100")
 
 
-def _between(name: str, value: int | None, least: int, most: int) -> None:
+def check_between(name: str, value: int | None, least: int, most: int) -> None:
+    """Raise an InputError where flag `name` is outside `least` to `most`; None was not given."""
     if value is not None and not least <= value <= most:
         raise InputError(f"--{name} {value}: give a number from {least} to {most}")
 
@@ -135,22 +135,26 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunSettings, DataSettings, T
         InputError: a flag is unknown, or its value makes no sense.
         SystemExit: argparse found bad usage (status 2) or was asked for help (status 0).
     """
-    run, data, train = read_flags(
+    parser = flag_parser(
         (RunSettings, DataSettings, TrainSettings),
         "Fine-tune an encoder on one labelled task and score it after every epoch.",
-        arguments,
     )
-    check_model_given(run.model)
+    run, data, train = read_flags(parser, arguments)
+    check_folder_given("model", run.model)
     return run, data, train
 
 
-def read_flags(kinds: Sequence[Any], description: str, arguments: Sequence[str] | None) -> Any:
-    """The command line (`None`: of this process) as one object of each of the dataclasses `kinds`.
+def flag_parser(kinds: Sequence[Any], description: str, epilog: str = "") -> HfArgumentParser:
+    """A parser with the fields of the dataclasses `kinds` as flags, which are never abbreviated."""
+    return HfArgumentParser(list(kinds), description=description, epilog=epilog, allow_abbrev=False)
+
+
+def read_flags(parser: HfArgumentParser, arguments: Sequence[str] | None) -> Any:
+    """The command line (`None`: of this process) as one object of each of the parser's dataclasses.
 
     Raises:
         InputError, SystemExit: as `parse`.
     """
-    parser = HfArgumentParser(list(kinds), description=description, allow_abbrev=False)
     *found, unknown = parser.parse_args_into_dataclasses(
         None if arguments is None else list(arguments),
         look_for_args_file=False,
@@ -167,10 +171,10 @@ def read_flags(kinds: Sequence[Any], description: str, arguments: Sequence[str] 
     return found
 
 
-def check_model_given(model: str) -> None:
-    """Raise an InputError where the model's folder is not there."""
-    if not os.path.isdir(model):
+def check_folder_given(name: str, folder: str) -> None:
+    """Raise an InputError where the folder of a model, given by flag `name`, is not there."""
+    if not os.path.isdir(folder):
         raise InputError(
-            f"--model {model}: no such folder; give a folder with config.json, "
+            f"--{name} {folder}: no such folder; give a folder with config.json, "
             "model.safetensors and a tokenizer"
         )

@@ -1,7 +1,9 @@
 """Paired t-tests between models: are two models' scores of the same seeds different?
 
 What is paired: the scores of equal seeds (order of rows, fresh head, dropout), each model at its
-best configuration. HTD section 5 tests its objectives and initialisations in this way.
+best configuration. HTD section 5 compares its objectives and initialisations by paired t-tests, but
+does not say what it pairs. A test speaks of the draws of training alone: the validation rows are
+the same for all seeds, and are those that the configuration was chosen on.
 """
 
 import math
@@ -42,7 +44,8 @@ def paired_tests(
     """A test for each pair of models of every (task, metric) of `scores` (of report.json).
 
     Behind them, for pairs that share several tasks, one over the main metrics of all those tasks,
-    paired by task and seed, as HTD compares its objectives.
+    paired by task and seed. It speaks of these very tasks: the seeds of one task are no independent
+    evidence for tasks in general.
 
     Args:
         baseline: only pairs of this model, which then is `b`, with another.

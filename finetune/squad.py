@@ -173,10 +173,11 @@ def read_questions(
     """
     if not rows:
         raise InputError(f"{where}: no rows; give at least one question")
-    for column in COLUMNS if answered else COLUMNS[:-1]:
+    needed = COLUMNS if answered else COLUMNS[:-1]
+    for column in needed:
         if column not in rows[0]:
             raise InputError(
-                f"{where}: no column {column!r}; the task has the columns {', '.join(COLUMNS)}"
+                f"{where}: no column {column!r}; the task has the columns {', '.join(needed)}"
             )
     check_texts([(row["id"], row["question"], row["context"]) for row in rows], where)
     seen: set[str] = set()

@@ -45,6 +45,7 @@ def best_spans(
     tokens = np.flatnonzero(spans[:, 0] != OUTSIDE)
     if len(tokens) == 0:
         return []
+    longest = min(longest, len(tokens))
     ends = np.append(end[tokens].astype(np.float64), np.full(longest - 1, -np.inf))
     score = start[tokens, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)
     flat = score.ravel()  # of start i and end i + k at i * longest + k

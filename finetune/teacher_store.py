@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finetune.distill_batches import TaskRows
 from finetune.distill_models import LiveTeacher
-from finetune.results import writing
+from finetune.results import check_writable, writing
 from potstill.console import progress, say
 from potstill.errors import InputError
 from potstill.files import (
@@ -118,15 +118,27 @@ def _name(feature: Feature) -> str:
     return "logits" if feature == LOGITS else f"{feature.kind}-{feature.at}"
 
 
+def check_store(folder: Path) -> None:
+    """Find out before anything long whether features can be kept in `folder`.
+
+    Raises:
+        InputError: it cannot be written, or holds other files or a damaged store.
+    """
+    check_writable(folder, "--teacher_features")
+    if (folder / IDENTITY).exists():
+        _sealed(folder / IDENTITY)
+        return
+    others = [*folder.iterdir()] if folder.exists() else []
+    if not all(path.name == LOCK or is_leftover(path) for path in others):
+        raise InputError(
+            f"--teacher_features {folder}: not empty and no store of features; give a new folder"
+        )
+
+
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    check_store(folder)
     path = folder / IDENTITY
     if not path.exists():
-        others = [*folder.iterdir()] if folder.is_dir() else []
-        if folder.exists() and not all(p.name == LOCK or is_leftover(p) for p in others):
-            raise InputError(
-                f"--teacher_features {folder}: not empty and no store of features; "
-                "give a new folder"
-            )
         return
     there, here = _sealed(path), {"version": VERSION, **identity}
     differing = [
@@ -210,7 +222,11 @@ class _Part:
         number = len(rows.lengths) if feature == LOGITS else sum(rows.lengths)
         shape = (number, first.shape[-1])
         with open(self._beside, "wb") as file:  # a full disk would kill who writes to a map of it
-            os.posix_fallocate(file.fileno(), 0, number * first.shape[-1] * first.itemsize)
+            try:
+                os.posix_fallocate(file.fileno(), 0, number * first.shape[-1] * first.itemsize)
+            except OSError:
+                self.discard()  # what there was of the disk is given back
+                raise
         self.values = np.memmap(self._beside, first.dtype, "r+", shape=shape)
         self._facts = {"shape": list(shape), "dtype": _DTYPES[first.dtype.str], "head": head}
 

@@ -5,6 +5,7 @@ FOLDER/KEY/    a folder of the `datasets` library; KEY is a SHA-256 of all that 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 
 from potstill.errors import InputError
-from potstill.files import whole_folder
+from potstill.files import is_leftover, whole_folder
 from potstill.lock import hold_soon
 
 PATIENCE_SECONDS = 2 * 3600.0  # more than any task takes to tokenise
@@ -41,6 +42,7 @@ def cached(folder: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
         message = f"{place}: another run makes these token ids; wait for it"
         with hold_soon(folder / f".{key}.lock", message, PATIENCE_SECONDS):
             if not place.is_dir():
+                _remove_leftovers(folder, key)
                 with whole_folder(place) as beside:
                     make().save_to_disk(beside)
     try:
@@ -49,3 +51,10 @@ def cached(folder: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
         raise InputError(f"{place}: damaged token ids ({error}); remove the folder") from error
     assert isinstance(kept, Dataset)
     return kept
+
+
+def _remove_leftovers(folder: Path, key: str) -> None:
+    """Remove what runs left that were killed while they made `key`; others may be at theirs."""
+    for path in folder.iterdir():
+        if is_leftover(path, key):
+            shutil.rmtree(path)

@@ -42,6 +42,8 @@ def run_trial(
     use_one_device()
     model_folder, output = Path(where.model), Path(where.output)
     results.check_output(output)
+    if where.tokenised is not None:
+        results.check_writable(Path(where.tokenised), "--tokenised")
 
     head = head_for(data_settings, model_folder)
     data = head.data
@@ -62,14 +64,16 @@ def run_trial(
         )
         seconds = fine_tune(trainer, settings.epochs)
         keep(classifier, head, where.save_model, output)
+        scores = scores_by_epoch(trainer.state.log_history, data)
+        passes = scores["last"]["epoch"]  # on_epoch may have ended it before the last one
         result = {
             "model": where.model,
             "task": data.task.name,
             "settings": config,
             "potstill": origin,
             **facts(classifier, data, head.order),
-            **volume(encoded, seconds, settings.epochs, data_settings.max_length),
-            **scores_by_epoch(trainer.state.log_history, data),
+            **volume(encoded, seconds, passes, data_settings.max_length),
+            **scores,
             "majority": head.baselines(),
             "precision": "bf16" if trainer.args.bf16 else "fp32",
             "environment": describe_environment(world_size=1),
@@ -131,17 +135,17 @@ def facts(classifier: Classifier, data: HeadData, order: tuple[str, ...]) -> dic
 
 
 def volume(
-    encoded: Mapping[str, Dataset], seconds: Mapping[str, float], epochs: int, max_length: int
+    encoded: Mapping[str, Dataset], seconds: Mapping[str, float], passes: int, max_length: int
 ) -> dict[str, Any]:
-    """Time and tokens; `cut_rows` counts the rows that fill max_length, so perhaps were longer.
+    """Time and tokens of `passes` over the training rows.
 
-    Of SQuAD the windows are counted.
+    `cut_rows` counts the rows (of SQuAD windows) that fill max_length, so perhaps were longer.
     """
     lengths = {split: [len(row) for row in rows["input_ids"]] for split, rows in encoded.items()}
-    tokens = sum(lengths["train"]) * epochs
+    tokens = sum(lengths["train"]) * passes
     return {
         "seconds": dict(seconds),
         "train_tokens": tokens,
-        "tokens_per_second": tokens / seconds["training"] if epochs else None,
+        "tokens_per_second": tokens / seconds["training"] if passes else None,
         "cut_rows": {split: sum(n >= max_length for n in ns) for split, ns in lengths.items()},
     }

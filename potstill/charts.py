@@ -104,7 +104,8 @@ def scatter(
 def dot_rows(rows: Sequence[tuple[str, Sequence[Dot]]], x: str) -> str:
     """An SVG element: under the name of each row its dots one below the other, `Dot.x` across.
 
-    `Dot.y` is not looked at; `Dot.name` is written at the right, such as the value.
+    `Dot.y` is not looked at; `Dot.name` is written at the right, such as the value. `Dot.number`
+    gives colour and mark only: the dots are no series of the page, which a reader hides by number.
     """
     rows = [(name, [dot for dot in dots if math.isfinite(dot.x)]) for name, dots in rows]
     values = [v for _, ds in rows for d in ds for v in (d.x, d.low, d.high) if v is not None]
@@ -133,7 +134,7 @@ def _dot_of_row(dot: Dot, across: Axis, y: float, end: float) -> str:
         whisker = f'<path class="whisker" d="M{left:.1f} {y}H{right:.1f}"/>'
     text = f'<text class="label" x="{end}" y="{y + 4}">{escape(dot.name)}</text>'
     mark = _mark(dot.number, across.place(dot.x), y, dot.tip)
-    return f'<g class="{colour(dot.number)}" data-series="{dot.number}">{whisker}{mark}{text}</g>'
+    return f'<g class="{colour(dot.number)}">{whisker}{mark}{text}</g>'
 
 
 def _all_finite(*values: float) -> bool:

@@ -23,7 +23,7 @@ from finetune.distill_settings import DistillSettings, FolderSettings, RecipeSet
 from finetune.results import read_result
 from finetune.settings import DataSettings
 from potstill.errors import InputError
-from tests.finetune.distilled import write_pairs, write_scored, write_teacher
+from tests.finetune.distilled import tiny_classifier, write_pairs, write_scored, write_teacher
 
 QUICK = ("--intermediate_epochs", "1", "--epochs", "1", "--lr", "1e-3", "--max_length", "32")
 Distil = Callable[..., dict[str, Any]]
@@ -200,6 +200,28 @@ def test_a_folder_of_other_files_is_no_store(refusal: Callable[..., str], tmp_pa
     (tmp_path / "mine/letter.txt").write_text("dear")
     assert "no store of features" in refusal("--teacher_features", tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    said = refusal("--teacher_features", tmp_path / "mine/letter.txt")
+    assert said.startswith("error: --teacher_features") and "is no folder" in said
+    assert not (tmp_path / "run").exists()  # found before anything long
+
+
+def test_an_objective_of_the_users_own_on_an_mlm_head_is_refused(
+    refusal: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from pretrain.objectives.prediction import KD\n\n\nclass Mine(KD):\n    pass\n"
+    (tmp_path / "their_objectives.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "Mine learns from an MLM head" in refusal("--objective", "their_objectives:Mine")
+
+
+@pytest.mark.parametrize("own", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])
+def test_a_teacher_that_would_be_walked_wrongly_is_refused(
+    refusal: Callable[..., str], tmp_path: Path, own: dict[str, Any]
+) -> None:
+    teacher = write_teacher(tmp_path / "teacher", "bert")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | own))
+    assert next(iter(own)) in refusal("--teacher", teacher, "--objective", "hid-seq")
 
 
 @pytest.mark.parametrize("family", ["roberta", "electra"])
@@ -234,6 +256,22 @@ def test_a_narrower_student_of_its_own_learns_through_projections(
     foreign = write_teacher(tmp_path / "foreign", "roberta", layers=2)
     said = refusal("--student", foreign, output=tmp_path / "no")
     assert "its tokenizer is not the teacher's" in said
+    untyped = write_teacher(tmp_path / "untyped", "bert", layers=2, type_vocab_size=1)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(untyped)
+    assert "only one of them has token types" in refusal("--student", untyped)
+
+
+def test_what_a_student_of_its_own_would_ignore_is_refused(
+    refusal: Callable[..., str], teacher: Path, tmp_path: Path
+) -> None:
+    assert "has its own layers; leave --init out" in refusal("--student", teacher, "--init", "1,2")
+    said = refusal("--student", teacher, "--student_layers", "2")
+    assert "has its own layers; leave --student_layers out" in said
+    headless, _ = tiny_classifier("bert", layers=2)
+    headless.bert.save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "headless")
+    said = refusal("--student", tmp_path / "headless", "--epochs", "0")
+    assert "has no trained" in said and "only stage 2 trains it" in said
 
 
 def test_a_finished_run_is_read_and_another_one_refused(
@@ -287,8 +325,8 @@ def test_on_epoch_may_end_the_second_stage(teacher: Path, data: Path, tmp_path: 
     ("flags", "said"),
     [
         (("--objective", "kd"), "kd learns from an MLM head"),
-        (("--objective", "distilbert"), "distilbert learns from an MLM head"),
-        (("--objective", "att-mse+vanilla-kd"), "vanilla-kd learns from an MLM head"),
+        (("--objective", "distilbert"), "distilbert: kd learns from an MLM head"),
+        (("--objective", "att-mse+vanilla-kd"), "vanilla-kd: kd learns from an MLM head"),
         (("--objective", "att-msee"), "nearest: att-mse"),
         (("--init", "1,2,9"), "the teacher's layers are 1 to 6"),
         (("--init", "paper-middle"), "there are paper-spread, paper-mixed, paper-lower"),

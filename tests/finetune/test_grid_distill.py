@@ -30,8 +30,15 @@ def grid(place: Path, output: Path, **flags: Any) -> tuple[GridSettings, Survey,
     """A grid of both tasks with small batches of one epoch, but for `flags`."""
     teachers = f"mnli={place / 'mnli'},stsb={place / 'stsb'}"
     given: dict[str, Any] = {
-        "teacher": teachers, "tasks": "mnli,stsb", "objective": "att-mse", "init": "paper",
-        "lr": "1e-3", "batch_size": "16", "epochs": "1", "seeds": 1, "max_length": 32,
+        "teacher": teachers,
+        "tasks": "mnli,stsb",
+        "objective": "att-mse",
+        "init": "paper",
+        "lr": "1e-3",
+        "batch_size": "16",
+        "epochs": "1",
+        "seeds": 1,
+        "max_length": 32,
     }
     settings = GridSettings(data=str(place / "data"), output=str(output), **(given | flags))
     found = survey_distillations(settings)
@@ -110,6 +117,14 @@ def test_bad_usage_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         grid(place, tmp_path / "grid", **flags)
+
+
+def test_teachers_of_unequal_depth_never_share_a_name_of_layers(
+    place: Path, tmp_path: Path
+) -> None:
+    deep = write_teacher(tmp_path / "deep", "bert", labels=1, layers=12)
+    with pytest.raises(InputError, match=r"12 layers, as the teacher of stsb has, make it att-mse"):
+        grid(place, tmp_path / "grid", teacher=f"mnli={place / 'mnli'},stsb={deep}")
 
 
 def test_a_task_without_a_teacher_is_refused(place: Path, tmp_path: Path) -> None:

@@ -136,6 +136,19 @@ def test_a_student_that_is_no_smaller_is_not_called_smaller(size: int, said: str
     assert said in words(page(report))
 
 
+def test_the_star_of_a_grid_stands_by_the_configuration_of_the_scores() -> None:
+    report = made(teacher=0.8, good=0.79)
+    score = next(s for s in report["scores"] if (s["model"], s["task"]) == ("good", "rte"))
+    score |= {"lr": 3e-5, "batch_size": 32}
+    (grid,) = [g for g in report["grids"] if (g["model"], g["task"]) == ("good", "rte")]
+    report["grids"] = [grid]
+    for cell in grid["cells"]:  # as good with fewer seeds, and as good with another rate
+        cell |= {"mean": 0.9, "seeds": 1}
+    shown = page(report).split('id="grid"')[1]
+    assert shown.split("</section>")[0].count(" ★</td>") == 1
+    assert re.search(r"3e-5</td><td[^>]*>[^<★]*</td><td[^>]*>90\.0 ± 0\.4 ★</td>", shown)
+
+
 def test_an_average_that_no_model_has_is_named_but_gets_no_column() -> None:
     told = words(page(sample_report()))
     assert "average: GLUE-5" in told and "average: HTD" not in told
@@ -186,6 +199,12 @@ def one_seed(report: Report) -> Report:
     return sample_report(seeds=(0,)) | {"tests": []}
 
 
+def same_scores(report: Report) -> Report:
+    for test in report["tests"]:
+        test |= {"t": None, "p": None, "difference": 0.0, "reason": "identical scores"}
+    return report
+
+
 def no_latency(report: Report) -> Report:
     for model in report["models"]:
         model["latency_ms"] = {"torch fp32, batch 1": None}
@@ -231,7 +250,8 @@ def empty_parts(report: Report) -> Report:
     [
         (one_model, "There is no student here to compare with the teacher."),
         (forty_models, "The best model is student 39"),
-        (one_seed, "there are too few seeds"),
+        (one_seed, "was not tested: no test of att-mse 6x384 and teacher was made."),
+        (same_scores, "was not tested: identical scores."),
         (no_latency, "Score against size"),
         (no_costs, "No cost of a scored model is known."),
         (no_scores, "No model has finished a task yet"),

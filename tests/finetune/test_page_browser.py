@@ -128,9 +128,11 @@ def test_every_model_can_be_hidden_and_shown(view: Any) -> None:
     assert len(toggles) == 4
     for n, toggle in enumerate(toggles):
         series = f"#sizes [data-series='{n}'], #scores [data-series='{n}']"
+        distilled = view.locator("#distilled .mark:visible").count()  # models of their own
         assert view.evaluate(seen, series)
         toggle.click()
         assert not view.evaluate(seen, series)
+        assert view.locator("#distilled .mark:visible").count() == distilled > 0
         toggle.click()
         assert view.evaluate(seen, series)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from finetune.classifier import fingerprint
 from finetune.report import main
 from finetune.report_tables import cell
 from tests.finetune.conftest import QUICK, mnli_rows, write_parquet
@@ -156,12 +157,42 @@ def test_an_unfinished_grid_and_failed_trials_are_reported(grid: Path, report: R
     assert "out of \\| memory" in (grid.parent / "report/report.md").read_text()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"attempts": 3}'])
+def test_a_damaged_failed_json_is_refused_by_name(
+    grid: Path, refused: Callable[..., str], content: str
+) -> None:
+    failed = grid / "trials/rte/big/8e-5-16-2-0/failed.json"
+    failed.parent.mkdir()
+    failed.write_text(content)
+    assert f"{failed}: cannot be read" in refused(grid)
+
+
 def test_a_baseline_is_tested_against_the_others_only(grid: Path, report: Reporter) -> None:
     write_grid(grid, ["big", "small", "third"])
     write_scores(grid, "third", "rte", {1e-5: BIG})
     tests = report(grid, "--baseline", "small")["tests"]
     assert {test["b"] for test in tests} == {"small"}
     assert len([test for test in tests if test["task"] == "rte"]) == 2
+
+
+def test_the_page_measures_the_others_by_the_teacher_that_is_named(
+    grid: Path, report: Reporter
+) -> None:
+    shown = grid.parent / "report/report.html"
+    report(grid)
+    assert "The best model is" in shown.read_text()  # nothing says that one is the teacher
+    report(grid, "--teacher", "big")
+    assert "The best student is <b>small</b>" in shown.read_text()
+    assert "of what the teacher, big, has" in shown.read_text()
+
+
+def test_a_sum_of_objectives_stands_beside_htds_table_1(tmp_path: Path, report: Reporter) -> None:
+    grid = write_grid(tmp_path / "grid", ["sum"])
+    how = {"objective": "att-kl+val-kl", "init": "2,4,6", "teacher": "t"}
+    write_trial(grid, "sum", result("rte", {"accuracy": 0.6}, distillation=how))
+    report(grid)
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| att-kl+val-kl | 2,4,6 | 60.0 | 1 | 57.5 ± 0.7 (4,8,12) |" in text
 
 
 def test_distillations_stand_beside_htds_table_3(tmp_path: Path, report: Reporter) -> None:
@@ -222,11 +253,24 @@ def test_pretraining_comes_with_its_tokens_and_flops(tmp_path: Path, report: Rep
 def test_costs_are_of_the_model_as_told_else_as_the_grid_says(
     grid: Path, bert: Path, roberta: Path, report: Reporter
 ) -> None:
-    models = {name: {"path": str(bert), "sha256": name} for name in ("big", "small")}
+    paths = {"big": str(bert), "small": "models/moved"}
+    prints = {"big": fingerprint(bert), "small": fingerprint(roberta)}
+    models = {name: {"path": path, "sha256": prints[name]} for name, path in paths.items()}
     write_json(grid / "grid.json", {"models": models})
     found = {m["name"]: m for m in report(grid, "--models", f"small={roberta}")["models"]}
     for name, folder in (("big", bert), ("small", roberta)):
         assert found[name]["size_bytes"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_costs_are_never_those_of_another_model_than_was_fine_tuned(
+    grid: Path, bert: Path, report: Reporter, refused: Callable[..., str]
+) -> None:
+    models = {name: {"path": str(bert), "sha256": "of before"} for name in ("big", "small")}
+    write_json(grid / "grid.json", {"models": models})
+    assert "another model than the one that was" in refused(grid, "--models", f"big={bert}")
+    found = report(grid)
+    assert [model["size_bytes"] for model in found["models"]] == [None, None]
+    assert any("holds other files than were fine-tuned: big, small" in n for n in found["notes"])
 
 
 def test_a_model_that_is_gone_has_no_costs_and_the_notes_say_so(
@@ -246,6 +290,9 @@ def test_wrong_folders_names_and_outputs_are_refused_in_a_line(
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "--baseline teacher: no such model; there are big, small" in refused(
         grid, "--baseline", "teacher"
+    )
+    assert "--teacher bert: no such model; there are big, small" in refused(
+        grid, "--teacher", "bert"
     )
     assert "--models big=nowhere: no such folder" in refused(grid, "--models", "big=nowhere")
     assert "--models x: no such model" in refused(grid, "--models", f"x={other}")

@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering, BertConfig, BertForMaske
 
 from data_prep.tokenization import train_tokenizer
 from finetune.settings import DataSettings
-from finetune.squad import load_squad
+from finetune.squad import load_squad, read_questions
 from finetune.squad_answers import exact_match, word_f1
 from finetune.tasks import load
 from potstill.errors import InputError
@@ -178,6 +178,16 @@ def test_a_missing_column_file_or_folder_is_named(
     write(tmp_path, [row(0)])
     line = refusal("--model", bert, "--task", "squad", "--data", data)
     assert "--max_length 384: the model has 64 positions" in line
+
+
+def test_rows_to_be_answered_need_no_answers() -> None:
+    asked = {"id": "a", "question": "b"}
+    with pytest.raises(
+        InputError, match="'context'; the task has the columns id, question, context$"
+    ):
+        read_questions([asked], "here", answered=False)
+    (question,) = read_questions([asked | {"context": "c"}], "here", answered=False)
+    assert question.answers == ()
 
 
 def test_glue_and_squad_may_share_a_folder(real_data: Path) -> None:

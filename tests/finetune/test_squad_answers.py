@@ -123,6 +123,13 @@ def test_all_spans_are_found_and_none_twice() -> None:
     assert best_spans(start, end, WINDOW, 3, 4) == got[:4]
 
 
+def test_an_answer_may_be_longer_than_its_window() -> None:
+    start, end = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
+    every = best_spans(start, end, WINDOW, 4, 20)
+    assert len(every) == 4 + 3 + 2 + 1
+    assert best_spans(start, end, WINDOW, 10_000, 20) == every
+
+
 def test_a_window_of_no_context_has_no_spans() -> None:
     assert best_spans(logits(2), logits(2), spans(None, None), 30, 20) == []
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
+from data_prep.tokenization import load_tokenizer
 from finetune import classifier as classifiers
 from finetune.settings import DataSettings, RunSettings, TrainSettings
 from finetune.token_cache import cached, key_of
@@ -73,6 +75,9 @@ def test_an_answer_of_false_ends_the_training_behind_that_epoch(
     scores = [entry["scores"]["validation"]["accuracy"] for entry in result["epochs"]]
     assert heard == [(1, scores[0]), (2, scores[1])]
     assert result["last"]["epoch"] == 2
+    texts = [line.split(",")[0] for line in rows.read_text().splitlines()[1:]]
+    ids = load_tokenizer(bert)(texts)["input_ids"]
+    assert result["train_tokens"] == 2 * sum(map(len, ids))  # of the epochs that there were
     again = run_trial(where, data, settings, until_the_second)
     assert again == result and len(heard) == 2  # finished: nothing is trained, nobody asked
 
@@ -114,6 +119,20 @@ def test_other_rows_lengths_or_labels_have_ids_of_their_own() -> None:
     keys = {key_of(["a"], 1), key_of(["a"], 2), key_of(["b"], 1), key_of(["a", 1]), key_of("a", 1)}
     assert len(keys) == 5
     assert key_of({"x": 1, "y": 2}) == key_of({"y": 2, "x": 1})
+
+
+def test_what_a_killed_run_left_of_the_same_token_ids_is_removed(tmp_path: Path) -> None:
+    for name in (".mine.1.part", ".mine.2.old", ".other.1.part"):
+        (tmp_path / name / "part").mkdir(parents=True)
+    cached(tmp_path, "mine", lambda: Dataset.from_dict({"a": [1]}))
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [".mine.lock", ".other.1.part"]
+
+
+def test_a_place_for_token_ids_that_is_no_folder_is_refused_at_once(
+    rows: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"--tokenised {rows}: .* is no folder; give another one"):
+        trial(tmp_path / "no model is looked at", rows, tmp_path / "run", tokenised=str(rows))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "state"])
