@@ -16,18 +16,11 @@ from transformers import EvalPrediction
 
 from finetune import results
 from finetune.classifier import save_classifier
+from finetune.distill_lessons import Intermediate, Lesson, Prediction, label_loss
 from finetune.distill_models import make_trainable
 from finetune.distill_parts import Parts, prepare
 from finetune.distill_settings import DistillSettings, parse
-from finetune.distill_stages import (
-    Intermediate,
-    Lesson,
-    Pace,
-    Prediction,
-    StageResult,
-    label_loss,
-    train_stage,
-)
+from finetune.distill_stages import Pace, StageResult, train_stage
 from finetune.run import report
 from finetune.training import OnEpoch, scores_by_epoch
 from finetune.trial import announce, facts, use_one_device, volume
@@ -159,7 +152,7 @@ class Run:
             if split != "train":
                 found = self._evaluate(split)
                 line = {f"eval_{split}_{name}": value for name, value in found.items()}
-                self.log.append({"stage": "prediction", "epoch": epoch, "step": step, **line})
+                self.log.append({"stage": results.PREDICTION, "epoch": epoch, "step": step, **line})
         self._evaluating += time.perf_counter() - start
         data = self._parts.head.data
         main = scores_by_epoch(self.log, data)["last"]["scores"][data.main_split]

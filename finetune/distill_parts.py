@@ -12,6 +12,7 @@ from datasets import Dataset
 from data_prep.tokenization import tokenizer_fingerprint
 from finetune.classifier import Classifier, fingerprint, potstill_facts
 from finetune.distill_batches import TaskRows, task_rows
+from finetune.distill_lessons import Source
 from finetune.distill_models import (
     Computing,
     LiveTeacher,
@@ -22,7 +23,6 @@ from finetune.distill_models import (
     plan_student,
 )
 from finetune.distill_settings import DistillSettings
-from finetune.distill_stages import Source
 from finetune.heads import LabelHead
 from finetune.tasks import load
 from finetune.teacher_store import LOGITS, check_store, open_store

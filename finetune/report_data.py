@@ -13,6 +13,7 @@ from typing import Any
 from finetune.grid_tables import read_failed
 from finetune.papers import averages, own_average, paper_rows
 from finetune.report_notes import FULL_TRAIN_ROWS, notes, test_notes
+from finetune.results import INTERMEDIATE
 from finetune.selection import Best, Trial, best_of_grid, cells, mean_and_std
 from finetune.significance import paired_tests
 from potstill.errors import InputError
@@ -214,7 +215,7 @@ def curve(trial: Trial) -> dict[str, Any]:
         "train": [
             {"step": line["step"], "loss": line["loss"]}
             for line in _lines(trial.folder / "log.jsonl")
-            if "loss" in line and "step" in line
+            if {"loss", "step"} <= set(line) and line.get("stage") != INTERMEDIATE
         ],
     }
 

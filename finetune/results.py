@@ -26,6 +26,7 @@ PLACES = ("model", "data", "train_file", "validation_file")  # may move; the fin
 ELSEWHERE = (*PLACES, "accumulation")  # the settings that may differ: an update stays what it is
 OWN = ("model", "config.json", "log.jsonl", "result.json", "predictions.json", "nbest.json")
 LOCK = ".lock"
+INTERMEDIATE, PREDICTION = "intermediate", "prediction"  # stages in a distillation's log
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

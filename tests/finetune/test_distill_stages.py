@@ -10,9 +10,10 @@ from torch import Tensor
 
 from finetune.classifier import Classifier
 from finetune.distill_batches import TaskRows
+from finetune.distill_lessons import Intermediate, Prediction, label_loss
 from finetune.distill_models import Computing, LiveTeacher, cut_student, plan_student
 from finetune.distill_settings import RecipeSettings
-from finetune.distill_stages import Intermediate, Pace, Prediction, label_loss, train_stage
+from finetune.distill_stages import Pace, train_stage
 from pretrain.features import Feature
 from pretrain.models import shape_of
 from pretrain.objectives import Settings, build_objective
