@@ -77,6 +77,12 @@ bench: $(VENV)/.test-installed
 	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
 	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
 		--model student="$(RUNS)/real/att-mse-uniform/student"
+	python benchmarks/grid_study.py --output "$(RUNS)/grid" \
+		--model uniform="$(RUNS)/real/att-mse-uniform/student" \
+		--model random="$(RUNS)/real/att-mse-random/student"
+	python benchmarks/task_specific_study.py --output "$(RUNS)/task-specific"
+	python benchmarks/grid_overhead.py --output "$(RUNS)/grid-overhead"
+	python benchmarks/grid_chaos.py --kills 20 --kinds driver,group --output "$(RUNS)/grid-chaos"
 	python benchmarks/lean_forms.py
 	python benchmarks/mlm_head.py --shards "$(RUNS)/real/shards" --output "$(RUNS)/head"
 	python benchmarks/students.py --ds_config "$(DS_CONFIG)" --data "$(RUNS)/real/shards" \

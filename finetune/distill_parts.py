@@ -24,6 +24,7 @@ from finetune.distill_models import (
 )
 from finetune.distill_settings import DistillSettings
 from finetune.heads import LabelHead
+from finetune.results import check_writable
 from finetune.tasks import load
 from finetune.teacher_store import LOGITS, check_store, open_store
 from finetune.training import has_bf16
@@ -108,6 +109,8 @@ def prepare(settings: DistillSettings) -> Parts:
     teacher, order = load_teacher(folder, data, longest, recipe.seed)
     data.numbered(order)  # raises for labels that the training rows do not know
     plan, student = _student(settings, teacher, order)
+    if folders.tokenised is not None:
+        check_writable(Path(folders.tokenised), "--tokenised")
     if folders.teacher_features is not None:
         check_store(Path(folders.teacher_features))
     config = {

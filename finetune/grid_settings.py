@@ -1,8 +1,10 @@
 """What a grid is told on the command line: models, tasks, what is varied, where the trials run."""
 
+import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +110,11 @@ class GridSettings:
             raise InputError(
                 f"--address {self.address}: no Ray client; start the grid on a machine of the "
                 "cluster, with --address auto"
+            )
+        if self.address in ("", "local"):
+            raise InputError(
+                f"--address {self.address!r}: no running cluster; give HOST:PORT or auto, or leave "
+                "it out for this machine alone"
             )
         self._check_kind()
         for lr, batch_size, epochs in self.combinations:
@@ -216,19 +223,50 @@ def parse(arguments: Sequence[str] | None) -> GridSettings:
         epilog="Run the same command again after any interruption; give more models, tasks or "
         "values to extend a grid in its own folder.",
     )
-    preset = parser.parse_known_args(arguments)[0].preset
-    if preset is not None:
-        parser.set_defaults(**read_preset(preset))
-    (settings,) = read_flags(parser, arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    preset = first.parse_known_args(given)[0].preset
+    flags = [] if preset is None else preset_flags(preset)
+    (settings,) = read_flags(parser, [*flags, *given])
     assert isinstance(settings, GridSettings)
     return settings
 
 
-def read_preset(name: str) -> Mapping[str, Any]:
-    """The flags of a paper's grid, or of the user's own file.
+def preset_flags(name: str) -> list[str]:
+    """The flags of a paper's grid, or of the user's own file, to stand before the user's flags.
+
+    A list is one flag with commas, of models a flag with several folders; null leaves a flag out.
 
     Raises:
         InputError: there is no such preset, or it is no JSON object of flags.
+    """
+    flags: list[str] = []
+    for key, value in read_preset(name).items():
+        values = [text for one in _listed(value) if (text := _text(name, key, one)) is not None]
+        if key == "model":
+            flags += ["--model", *values]
+        elif values:
+            flags.append(f"--{key}={','.join(values)}")
+    return flags
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(name: str, key: str, value: Any) -> str | None:
+    """One value as on the command line; None for null."""
+    if isinstance(value, (dict, list)):
+        raise InputError(f"--preset {name}: {key} is {value!r}; give text, a number or a list")
+    return None if value is None else str(value)
+
+
+def read_preset(name: str) -> Mapping[str, Any]:
+    """The content of a preset's file.
+
+    Raises:
+        InputError: as `preset_flags`.
     """
     path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
     if not path.is_file():
@@ -238,7 +276,7 @@ def read_preset(name: str) -> Mapping[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--preset {path}: cannot be read ({error}); mend it") from error
-    known_flags = GridSettings.__dataclass_fields__
+    known_flags = GridSettings.__dataclass_fields__.keys() - {"preset"}
     wrong = [key for key in values if key not in known_flags] if isinstance(values, dict) else ["…"]
     if wrong:
         raise InputError(f"--preset {path}: {', '.join(wrong)} is no flag; see --help")

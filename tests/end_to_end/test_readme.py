@@ -24,9 +24,9 @@ def commands(readme: Path) -> list[str]:
 
 
 def first_run(readme: Path) -> list[str]:
-    """The commands of "Your first own run": shard, dry run, fine-tune."""
+    """The commands of "Your first own run": shard, dry run, fine-tune, grid, report."""
     wanted = ("python data_prep", "deepspeed --num_gpus 2", "python finetune")
-    return [c for c in commands(readme) if c.startswith(wanted) and "htd" not in c][:4]
+    return [c for c in commands(readme) if c.startswith(wanted) and "htd" not in c][:6]
 
 
 @pytest.fixture
@@ -50,10 +50,11 @@ def test_the_first_own_run_of_the_readme_works_as_written(
 ) -> None:
     (workplace / "glue").symlink_to(real_data / "glue")
     written = [c for c in first_run(repository / "README.md") if "wikipedia" not in c]
-    sharding, dry_run, fine_tuning = written
+    sharding, dry_run, fine_tuning, grid, report = written
     real_run = dry_run.replace(" --dry_run", "").replace("--max_steps 500", "--max_steps 3")
     short = f"{fine_tuning} --epochs 1 --max_train_rows 64 --max_validation_rows 32"
-    for line in (sharding, dry_run, real_run, short):
+    small = f"{grid} --epochs 1 --max_train_rows 16 --max_validation_rows 8 --lr 3e-5 --seeds 1"
+    for line in (sharding, dry_run, real_run, short, small, report):
         words = shlex.split(line)
         if words[0] == "deepspeed":  # a port that no other test uses
             words = [*command(2)[:5], *words[3:]]
@@ -70,6 +71,8 @@ def test_the_first_own_run_of_the_readme_works_as_written(
             assert not (workplace / "runs").exists()
     assert (workplace / "runs" / "first" / "student" / "model.safetensors").is_file()
     assert (workplace / "runs" / "first-rte" / "result.json").is_file()
+    assert (workplace / "runs" / "first-grid" / "summary.md").is_file()
+    assert (workplace / "runs" / "first-report" / "report.html").is_file()
 
 
 def test_the_paper_run_of_the_readme_has_only_known_flags(repository: Path) -> None:
