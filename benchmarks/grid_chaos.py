@@ -30,7 +30,7 @@ from finetune.results import read_result
 TABLES = ("results.csv", "results.json", "summary.md")
 KINDS = ("driver", "worker", "group")
 WORKER = "ray::Worker"
-GONE_SECONDS = 60.0  # within which every process must be gone
+GONE_SECONDS = 90.0  # within which every process must be gone
 
 
 def command(output: Path, rows: int, workers: int) -> list[str]:
@@ -57,12 +57,15 @@ def start(output: Path, rows: int, workers: int) -> "subprocess.Popen[bytes]":
 
 def kill(grid: "subprocess.Popen[bytes]", kind: str, dice: random.Random) -> str:
     """Kill what `kind` names, if it is there; what was killed."""
-    family = psutil.Process(grid.pid).children(recursive=True)
-    workers = [process for process in family if process.name().startswith(WORKER)]
     if kind == "worker":
-        if not workers:
+        try:
+            family = psutil.Process(grid.pid).children(recursive=True)
+            workers = [process for process in family if process.name().startswith(WORKER)]
+            if not workers:
+                return "nothing"
+            dice.choice(workers).kill()
+        except psutil.NoSuchProcess:  # it ended by itself in between
             return "nothing"
-        dice.choice(workers).kill()
     elif kind == "group":
         os.killpg(grid.pid, signal.SIGKILL)
     else:

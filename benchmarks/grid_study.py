@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of grid and report")
     chosen = parser.parse_args()
     models = {"teacher": packaged_teacher()}
-    models.update((name, Path(folder)) for name, folder in (m.split("=") for m in chosen.model))
+    if wrong := [text for text in chosen.model if "=" not in text]:
+        parser.error(f"--model {wrong[0]}: give NAME=DIR")
+    models.update((n, Path(folder)) for n, folder in (text.split("=", 1) for text in chosen.model))
     write_page(run_grid(models, chosen), chosen)
 
 

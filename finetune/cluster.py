@@ -1,15 +1,18 @@
 """Workers on Ray: processes that run one trial after another, on this machine or on many.
 
-Without an address Ray runs inside this program, on the loopback interface alone, and ends with it,
-however it ends. A worker is a Ray actor pinned to a node: it holds one GPU where nodes have some,
-else its share of the cores. It is reused, since a fresh one imports for seconds, and replaced when
-it dies. Ray itself retries nothing: whether a trial runs again is for `finetune/grid_loop.py`.
+Without an address Ray runs inside this program and ends with it, however it ends. It listens on all
+interfaces whatever it is told, but lets in nobody without a token, made for this one grid. A worker
+is a Ray actor pinned to a node: it holds one GPU where nodes have some, else its share of the
+cores. It is reused, since a fresh one imports for seconds, and replaced when it dies. Ray itself
+retries nothing: whether a trial runs again is for `finetune/grid_loop.py`.
 """
 
 import logging
 import os
+import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -32,6 +35,8 @@ LONGEST_SOCKET_FOLDER = 40  # characters: the paths of Ray's sockets must stay b
 TEMPORARY = ".ray"  # in the grid's folder: where Ray keeps its sockets and logs
 TOKEN = ".seen-"  # a file there that every node must see
 PREFIX = "potstill-ray-"
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Ray puts the address of the network in the place of 127.0.0.1, and breaks when that changes."""
 
 
 @dataclass
@@ -132,9 +137,11 @@ class Cluster:
         except errors.ActorUnavailableError:  # gone, or only out of reach: it is asked again
             self._busy[hand.actor.missing.remote(self.promise)] = (hand, ticket, True)
             return None
-        except (errors.RayActorError, errors.NodeDiedError) as error:
+        except (errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError) as error:
             return self._lost(hand, ticket, error)
         except errors.RayError as error:
+            if ticket is not None:  # it started once: whatever it was, the trial may run again
+                return self._lost(hand, ticket, error)
             raise InputError(
                 f"node {hand.address}: a worker cannot start ({_last_line(error)}); install the "
                 "same Potstill, Python and Ray there as here"
@@ -246,13 +253,13 @@ def _ray() -> Any:
 def _joined(ray: Any, settings: GridSettings, output: Path) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     temporary, handler = None, signal.getsignal(signal.SIGTERM)
-    if settings.address is not None:
-        _join(ray, settings.address, quiet)
-    else:
-        temporary = _temporary_folder(output)
-        _embed(ray, settings, temporary, quiet)
-    signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
     try:
+        if settings.address is not None:
+            _join(ray, settings.address, quiet)
+        else:
+            temporary = _temporary_folder(output)
+            _embed(ray, settings, temporary, quiet)
+        signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
         yield
     finally:
         ray.shutdown()
@@ -291,16 +298,34 @@ def _start_here(ray: Any, settings: GridSettings, temporary: Path, quiet: dict[s
     gpus = _gpus()
     workers = settings.workers or gpus or max(1, _cores() // settings.threads)
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    # what Ray asks of all who connect; by itself it would keep one for good in the home folder
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: behind all other programs
     ray.init(
         address="local",
         num_cpus=workers * settings.threads,
         num_gpus=min(workers, gpus),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
         _temp_dir=str(temporary),
         **quiet,
     )
+
+
+def check_machine(settings: GridSettings) -> None:
+    """Find out before anything is written whether trials can run.
+
+    Raises:
+        InputError: Ray is not installed, or there are fewer GPUs than workers.
+    """
+    _ray()
+    gpus, workers = _gpus(), settings.workers or 1
+    if settings.address is None and 0 < gpus < workers:
+        raise InputError(
+            f"--workers {workers}: a trial takes a GPU of its own, and this machine has {gpus}; "
+            f"give at most {gpus}, or hide them (CUDA_VISIBLE_DEVICES=) to use the cores"
+        )
 
 
 def _gpus() -> int:

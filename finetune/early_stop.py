@@ -25,22 +25,25 @@ class Rungs:
     """The scores that reached each rung; asked by all trials, so that it lives in one process."""
 
     def __init__(self) -> None:
-        self._scores: dict[tuple[Key, int], list[float]] = defaultdict(list)
+        self._scores: dict[tuple[Key, int], dict[str, float]] = defaultdict(dict)
 
-    def goes_on(self, key: Key, epoch: int, score: float | None) -> bool:
-        """Note a trial's score behind `epoch`, and say whether it is worth another one."""
+    def goes_on(self, key: Key, configuration: str, epoch: int, score: float | None) -> bool:
+        """Note a configuration's score behind `epoch`, and say whether it is worth another one.
+
+        One whose trial died and runs again comes twice, and counts once.
+        """
         if epoch not in rungs(key[2]):
             return True
         value = -math.inf if score is None else score
         reached = self._scores[key, epoch]
-        reached.append(value)
+        reached[configuration] = value
         kept = max(1, len(reached) // ETA)
-        return value >= sorted(reached, reverse=True)[kept - 1]
+        return value >= sorted(reached.values(), reverse=True)[kept - 1]
 
-    def refill(self, key: Key, result: dict[str, Any]) -> None:
+    def refill(self, key: Key, configuration: str, result: dict[str, Any]) -> None:
         """Note the scores of a trial that finished, or was stopped, when the grid ran before."""
         for epoch, score in scores_by_epoch(result):
-            self.goes_on(key, epoch, score)
+            self.goes_on(key, configuration, epoch, score)
 
 
 def scores_by_epoch(result: dict[str, Any]) -> Sequence[tuple[int, float | None]]:

@@ -12,14 +12,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.cluster import connected
+from finetune.cluster import check_machine, connected
 from finetune.grid_check import Survey, survey
 from finetune.grid_distill import survey_distillations
-from finetune.grid_file import claim, describe
+from finetune.grid_file import claim, describe, withdraw
 from finetune.grid_loop import Loop
 from finetune.grid_plan import Planned, plan, rows_of
 from finetune.grid_settings import GridSettings, parse
 from finetune.grid_tables import read_failed, write_tables
+from finetune.results import check_writable
 from potstill.console import program, say
 from potstill.errors import TrainingError
 from potstill.signals import Signalled, Stopped
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with Signals() as signals:
             settings = parse(arguments)
+            check_writable(Path(settings.output))
             found = survey(settings) if settings.teacher is None else survey_distillations(settings)
             trials = plan(settings, found)
             if settings.dry_run:
@@ -50,10 +52,12 @@ def run(settings: GridSettings, found: Survey, trials: Sequence[Planned], signal
         TrainingError: trials failed; the tables are written all the same.
     """
     output = Path(os.path.abspath(settings.output))
+    check_machine(settings)
     with claim(output, describe(settings, found)):
         loop = Loop(trials, settings, lambda: signals.pending)
         say(f"{len(trials)} trials, {len(trials) - loop.open} of them finished before")
         if loop.open:
+            withdraw(output)
             paths = [Path(settings.data).absolute(), *(m.path for m in found.models.values())]
             paths += [task.teacher for task in found.tasks.values() if task.teacher is not None]
             with signals.deferred(), connected(settings, output, paths) as cluster:

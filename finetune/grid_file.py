@@ -23,7 +23,9 @@ FIXED = (
 LISTED = ("tasks", "lr", "batch_size", "epochs")
 TOKENISED = "tokenised"
 FAILED_FILE = "failed.json"
-OWN = (GRID_FILE, "results.csv", "results.json", "summary.md", FAILED_FILE)
+TABLES = ("results.json", "results.csv", "summary.md")  # the first says that the grid is finished
+OWN = (GRID_FILE, *TABLES, FAILED_FILE)
+STARTED_FROM = "from_"  # and the task: folders of the encoders that other tasks start from
 
 
 def describe(settings: GridSettings, survey: Survey) -> dict[str, Any]:
@@ -61,20 +63,37 @@ def claim(output: Path, grid: Mapping[str, Any]) -> Lock:
     """
     there = _read(output)
     if there is not None:
-        _check_same(output, there, grid)  # another grid's folder does not even get a lock
+        _checked(output, there, grid)  # another grid's folder does not even get a lock
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     lock = hold(
         output / LOCK,
         f"--output {output}: another grid runs there; wait for it, or give a new folder",
     )
-    merged = dict(grid) if there is None else _merged(there, grid)
-    if merged != there:
-        with writing(output):
-            write_json(output / GRID_FILE, merged)
-    remove_leftovers(output, *OWN)
-    remove_leftovers(output / TOKENISED)
+    try:
+        there = _read(output)  # another one may have begun and ended since
+        merged = dict(grid) if there is None else _merged(_checked(output, there, grid), grid)
+        if merged != there:
+            with writing(output):
+                write_json(output / GRID_FILE, merged)
+        remove_leftovers(output, *OWN)
+        for folder in (output / TOKENISED, *output.glob(f"{STARTED_FROM}*")):
+            remove_leftovers(folder)
+    except BaseException:
+        lock.release()
+        raise
     return lock
+
+
+def withdraw(output: Path) -> None:
+    """Remove the tables of a grid that goes on or grows: with them it would look finished.
+
+    Raises:
+        TrainingError: they cannot be removed.
+    """
+    with writing(output):
+        for name in TABLES:
+            (output / name).unlink(missing_ok=True)
 
 
 def _read(output: Path) -> dict[str, Any] | None:
@@ -91,7 +110,8 @@ def _is_ours(path: Path) -> bool:
     return path.name == LOCK or is_leftover(path, GRID_FILE)
 
 
-def _check_same(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _checked(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is there, if it can be extended by what is here; an InputError if not."""
     differing = [
         f"{name} is {json.dumps(there.get(name))} there and {json.dumps(here[name])} here"
         for name in FIXED
@@ -108,6 +128,7 @@ def _check_same(output: Path, there: Mapping[str, Any], here: Mapping[str, Any])
         raise InputError(
             f"--output {output}: another grid's folder ({'; '.join(differing)}); give a new folder"
         )
+    return there
 
 
 def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:

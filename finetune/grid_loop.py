@@ -11,10 +11,10 @@ from transformers import AutoModel
 from data_prep.tokenization import load_tokenizer
 from finetune.cluster import Cluster, Event, rungs_on_this_node
 from finetune.early_stop import Rungs, was_stopped
-from finetune.grid_file import FAILED_FILE
+from finetune.grid_file import FAILED_FILE, STARTED_FROM
 from finetune.grid_plan import FineTuning, Planned, first_seed, is_started
 from finetune.grid_settings import GridSettings
-from finetune.results import read_result, writing
+from finetune.results import writing
 from finetune.selection import best_of_grid, read_trials
 from finetune.worker import Judge, Outcome
 from potstill.console import progress, say
@@ -75,11 +75,15 @@ class Loop:
         return self._failed
 
     def _take_finished(self) -> None:
-        """Leave out what finished before; what failed is tried again."""
+        """Leave out what finished before, and other seeds of what was stopped early.
+
+        What failed is tried again.
+        """
+        finished = {trial.folder: trial.result for trial in read_trials([self._output])}
         for attempt in self._waiting:
-            result = read_result(attempt.trial.folder)
-            if result is not None:
-                self._note(attempt.trial, result)
+            if attempt.trial.folder in finished:
+                self._note(attempt.trial, finished[attempt.trial.folder])
+        self._over |= {one.trial.folder for one in self._waiting if self._is_hopeless(one.trial)}
         self._waiting = [one for one in self._waiting if one.trial.folder not in self._over]
 
     def run(self, cluster: Cluster) -> None:
@@ -109,7 +113,7 @@ class Loop:
         for folder, result in self._results.items():
             if folder.name.endswith("-0"):
                 key = (folder.parts[-3], folder.parts[-2], int(result["settings"]["epochs"]))
-                cluster.ray.get(self._rungs.refill.remote(key, result))
+                cluster.ray.get(self._rungs.refill.remote(key, folder.name, result))
 
     def _hand_out(self, cluster: Cluster, bar: Any) -> None:
         for attempt in [one for one in self._waiting if self._over.issuperset(one.trial.after)]:
@@ -127,15 +131,13 @@ class Loop:
     def _judge(self, trial: Planned) -> Judge | None:
         if self._rungs is None or trial.seed > 0:
             return None
-        return Judge(self._rungs, (trial.task, trial.model, trial.epochs))
+        return Judge(self._rungs, (trial.task, trial.model, trial.epochs), trial.folder.name)
 
     def _prepared(self, trial: Planned, bar: Any) -> Planned | None:
         """The trial with what it waited for put in place; None where that leaves nothing to do."""
-        if self._settings.early_stop and trial.seed > 0:
-            first = self._results.get(first_seed(trial))
-            if first is not None and was_stopped(first):
-                self._end(trial, bar)
-                return None
+        if self._is_hopeless(trial):
+            self._end(trial, bar)
+            return None
         if is_started(self._settings.start_from_task, trial.task):
             model = starting_model(self._output, self._settings.start_from_task, trial.model)
             if model is None:
@@ -145,6 +147,11 @@ class Loop:
             assert isinstance(trial.job, FineTuning)
             return replace(trial, job=trial.job.starting_from(model))
         return trial
+
+    def _is_hopeless(self, trial: Planned) -> bool:
+        """Whether early stopping measured its configuration on the first seed and ended it."""
+        first = self._results.get(first_seed(trial)) if self._settings.early_stop else None
+        return trial.seed > 0 and first is not None and was_stopped(first)
 
     def _take(self, cluster: Cluster, event: Event, bar: Any) -> None:
         attempt, outcome = event.ticket, event.outcome
@@ -217,7 +224,7 @@ def starting_model(output: Path, task: str | None, model: str) -> Path | None:
     Best is the configuration of `best_of_grid`, and of it the trial with the smallest seed. The
     choice is made once: what extends the grid later starts from the same encoder.
     """
-    place = output / f"from_{task}" / model
+    place = output / f"{STARTED_FROM}{task}" / model
     if place.is_dir():
         return place
     trials = [one for one in read_trials([output]) if (one.task, one.model) == (task, model)]

@@ -41,8 +41,8 @@ def write_tables(output: Path) -> None:
     }
     with writing(output):
         write_text(output / "results.csv", _csv(rows))
-        write_json(output / "results.json", report)
         write_text(output / "summary.md", summary(best, failed, start, trials))
+        write_json(output / "results.json", report)  # last: with it the grid counts as finished
 
 
 def read_failed(output: Path) -> list[dict[str, Any]]:

@@ -71,11 +71,13 @@ class Judge:
 
     rungs: Any
     key: tuple[str, str, int]
+    configuration: str
 
     def __call__(self, epoch: int, score: float | None) -> bool:
         import ray
 
-        return bool(ray.get(self.rungs.goes_on.remote(self.key, epoch, score)))
+        asked = self.rungs.goes_on.remote(self.key, self.configuration, epoch, score)
+        return bool(ray.get(asked))
 
 
 def await_lock(path: Path) -> None:

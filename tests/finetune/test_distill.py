@@ -202,6 +202,8 @@ def test_a_folder_of_other_files_is_no_store(refusal: Callable[..., str], tmp_pa
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
     said = refusal("--teacher_features", tmp_path / "mine/letter.txt")
     assert said.startswith("error: --teacher_features") and "is no folder" in said
+    said = refusal("--tokenised", tmp_path / "mine/letter.txt")
+    assert said.startswith("error: --tokenised") and "is no folder" in said
     assert not (tmp_path / "run").exists()  # found before anything long
 
 

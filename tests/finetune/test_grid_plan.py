@@ -10,12 +10,14 @@ import pytest
 from finetune.early_stop import Rungs, rungs
 from finetune.grid import main
 from finetune.grid_check import ModelFacts, Survey, TaskFacts
-from finetune.grid_file import claim
-from finetune.grid_plan import FineTuning, plan, short
+from finetune.grid_file import claim, describe, withdraw
+from finetune.grid_loop import Loop
+from finetune.grid_plan import FineTuning, Planned, plan, short
 from finetune.grid_settings import GridSettings, named_models, parse
 from finetune.grid_tables import write_tables
 from finetune.settings import DataSettings, RunSettings, TrainSettings
 from potstill.errors import InputError
+from potstill.lock import hold
 from tests.finetune.conftest import write_parquet
 
 GRID: dict[str, Any] = {
@@ -91,6 +93,40 @@ def test_the_presets_are_the_grids_of_the_papers_and_flags_win(tmp_path: Path) -
     assert etd.combinations == [(1e-5, 32, 4), (1e-5, 32, 5), (1e-5, 32, 10)]
 
 
+def test_a_users_preset_may_hold_numbers_lists_and_whatever_a_grid_needs(tmp_path: Path) -> None:
+    values = {"lr": 1e-5, "epochs": [2, 3], "seeds": 2, "early_stop": True, "max_length": None}
+    values |= {"model": [str(tmp_path)], "data": "d", "output": "o"}
+    (tmp_path / "own.json").write_text(json.dumps(values))
+    read = parse(["--preset", str(tmp_path / "own.json"), "--seeds", "3"])
+    assert read.combinations == [(1e-5, size, epochs) for size in (16, 32) for epochs in (2, 3)]
+    assert (read.seeds, read.early_stop, read.max_length) == (3, True, None)
+    assert (read.data, read.model) == ("d", [str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ('{"precision": "fp8"}', "argument --precision: invalid choice: 'fp8'"),
+        ('{"seeds": 2.5}', "argument --seeds: invalid int value: '2.5'"),
+        ('{"lr": {"from": 1}}', "lr is {'from': 1}; give text, a number or a list"),
+        ('{"preset": "htd"}', "preset is no flag"),
+        ('{"learning_rate": 1}', "learning_rate is no flag"),
+        ("[1]", "is no flag"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_preset_is_checked_as_the_command_line_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, bert: Path, preset: str, said: str
+) -> None:
+    (tmp_path / "own.json").write_text(preset)
+    flags = ["--model", str(bert), "--data", str(tmp_path), "--output", str(tmp_path / "grid")]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--preset", str(tmp_path / "own.json")])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "grid").exists()
+
+
 def test_the_longest_trials_come_first_in_folders_named_by_their_settings(tmp_path: Path) -> None:
     trials = plan(settings(tmp_path), survey(tmp_path, rte=10, qqp=1000))
     assert [trial.cost for trial in trials] == sorted((t.cost for t in trials), reverse=True)
@@ -144,18 +180,28 @@ def test_a_rung_lets_the_best_third_so_far_go_on() -> None:
     scores = [0.5, 0.4, 0.6, 0.5, None, 0.55, 0.56, 0.7]
     # kept of those that came: 1 1 1 1 1 2 2 2; by hand the best and the best two
     expected = [True, False, True, False, False, True, True, True]
-    assert [judge.goes_on(key, 1, score) for score in scores] == expected
-    assert judge.goes_on(key, 2, 0.0)  # no rung
-    assert judge.goes_on(("rte", "b", 10), 1, 0.0)  # another model's
+    names = map(str, range(len(scores)))
+    assert [
+        judge.goes_on(key, *one) for one in zip(names, [1] * 8, scores, strict=True)
+    ] == expected
+    assert judge.goes_on(key, "8", 2, 0.0)  # no rung
+    assert judge.goes_on(("rte", "b", 10), "0", 1, 0.0)  # another model's
+
+
+def test_a_trial_that_died_and_runs_again_counts_once_in_its_rung() -> None:
+    judge, key = Rungs(), ("rte", "a", 10)
+    for score in (0.7, 0.6, 0.6, 0.6, 0.6, 0.6):  # after the first the same trial, over and over
+        judge.goes_on(key, str(score), 1, score)
+    assert not judge.goes_on(key, "x", 1, 0.65)  # one of three goes on; of seven it were two
 
 
 def test_refilled_rungs_judge_as_if_the_grid_had_not_been_stopped() -> None:
     entries = [{"epoch": epoch, "scores": {"validation": {"f1": 0.6}}} for epoch in (1, 2, 3)]
     result = {"main": {"split": "validation", "metric": "f1"}, "epochs": entries}
     judge, key = Rungs(), ("mrpc", "a", 10)
-    judge.refill(key, result)
-    assert not judge.goes_on(key, 1, 0.5)
-    assert not judge.goes_on(key, 3, 0.5)
+    judge.refill(key, "a", result)
+    assert not judge.goes_on(key, "b", 1, 0.5)
+    assert not judge.goes_on(key, "b", 3, 0.5)
 
 
 def test_a_grid_may_grow_in_its_own_folder(tmp_path: Path) -> None:
@@ -181,6 +227,66 @@ def test_another_grids_folder_is_refused(tmp_path: Path, change: dict, said: str
     with pytest.raises(InputError, match=said):
         claim(tmp_path / "grid", GRID | change)
     assert (tmp_path / "grid/grid.json").read_bytes() == before
+
+
+def test_what_a_killed_grid_left_half_written_is_removed(tmp_path: Path) -> None:
+    half = tmp_path / "grid/from_mnli/.tiny.1.part"
+    claim(tmp_path / "grid", GRID).release()
+    half.mkdir(parents=True)
+    claim(tmp_path / "grid", GRID).release()
+    assert not half.exists()
+
+
+def test_a_grid_that_began_behind_our_back_is_seen_under_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_another(path: Path, message: str) -> Any:
+        monkeypatch.undo()
+        claim(tmp_path / "grid", GRID).release()
+        return hold(path, message)
+
+    monkeypatch.setattr("finetune.grid_file.hold", begin_another)
+    with pytest.raises(InputError, match="max_length is 128 there and 64 here"):
+        claim(tmp_path / "grid", GRID | {"max_length": 64})
+
+
+def test_a_grid_that_goes_on_does_not_look_finished(tmp_path: Path) -> None:
+    with claim(tmp_path / "grid", GRID):
+        write_tables(tmp_path / "grid")
+        withdraw(tmp_path / "grid")
+        assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [".lock", "grid.json"]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> tuple[Path, GridSettings, list[Planned]]:
+    """A grid whose only configuration's first seed was stopped after an epoch of two."""
+    changes = {"early_stop": True, "batch_size": "16", "epochs": "2", "model": [f"{tmp_path}/a"]}
+    (tmp_path / "a").mkdir()
+    chosen = settings(tmp_path, **changes)
+    there = Survey({"a": ModelFacts(tmp_path / "a", "a", 9)}, survey(tmp_path, rte=4).tasks)
+    trials = plan(chosen, there)
+    claim(tmp_path / "grid", describe(chosen, there)).release()
+    assert [trial.seed for trial in trials] == [0, 1]
+    trials[0].folder.mkdir(parents=True)
+    content = json.dumps(result("rte", 3e-5, 0, 0.5, epochs=1))
+    (trials[0].folder / "result.json").write_text(content)
+    return tmp_path / "grid", chosen, trials
+
+
+def test_the_other_seeds_of_what_was_stopped_early_need_no_worker(
+    stopped: tuple[Path, GridSettings, list[Planned]],
+) -> None:
+    _, chosen, trials = stopped
+    assert Loop(trials, chosen, lambda: None).open == 0
+
+
+def test_a_result_that_is_none_is_named_before_anything_runs(
+    stopped: tuple[Path, GridSettings, list[Planned]],
+) -> None:
+    _, chosen, trials = stopped
+    (trials[0].folder / "result.json").write_text("{}")
+    with pytest.raises(InputError, match="not a result of fine-tuning"):
+        Loop(trials, chosen, lambda: None)
 
 
 def test_a_folder_with_other_files_is_no_place_for_a_grid(tmp_path: Path) -> None:
@@ -271,6 +377,8 @@ def grid_refusal(
         (["--model", "{bert}", "--preset", "bert"], "give etd, htd"),
         (["--model", "{bert}", "--workers", "1", "--address", "auto"], "leave one out"),
         (["--model", "{bert}", "--address", "ray://x:1"], "no Ray client"),
+        (["--model", "{bert}", "--address", "local"], "no running cluster"),
+        (["--model", "{bert}", "--output", "{bert}/config.json/grid"], "is no folder"),
         (["--model", "{bert}", "--max_length", "500"], "500"),
     ],
 )
