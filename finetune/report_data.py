@@ -51,7 +51,7 @@ def build(
     return {
         "title": title,
         "date": date.today().isoformat(),
-        "environment": describe_environment(world_size=1),
+        "environment": machine(),
         "notes": [*notes(folders, trials, best), *test_notes(compared)],
         "models": [model_entry(name, trials, name == teacher) for name in names],
         "tasks": [task_entry(task, best) for task in sorted({cell.task for cell in best})],
@@ -64,6 +64,12 @@ def build(
         "distillations": [entry for cell in best for entry in distillation(cell)],
         "failed": [entry for folder in folders for entry in read_failed(folder)],
     }
+
+
+def machine() -> dict[str, Any]:
+    """What ran here, without the command: a page goes to others, its folders' names need not."""
+    known = describe_environment(world_size=1)
+    return {name: value for name, value in known.items() if name != "command"}
 
 
 def scores_of(cell: Best) -> list[dict[str, Any]]:

@@ -330,3 +330,14 @@ def test_a_real_run_is_reported_as_its_result_says(
     assert [entry["epoch"] for entry in curve["epochs"]] == [1, 2]
     assert curve["train"] and all(line["loss"] > 0 for line in curve["train"])
     assert (real_run.parent / "report/report.html").read_text().startswith("<!")
+
+
+def test_a_report_that_goes_to_others_names_no_folder_of_this_machine(
+    grid: Path, report: Reporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["finetune/report.py", str(grid)])
+    report(grid)
+    pages = [path for path in tmp_path.rglob("report.*") if path.is_file()]
+    assert len(pages) == 4
+    for page in pages:
+        assert str(tmp_path) not in page.read_text(), page.name
