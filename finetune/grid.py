@@ -58,7 +58,8 @@ def run(settings: GridSettings, found: Survey, trials: Sequence[Planned], signal
         say(f"{len(trials)} trials, {len(trials) - loop.open} of them finished before")
         if loop.open:
             withdraw(output)
-            paths = [Path(settings.data).absolute(), *(m.path for m in found.models.values())]
+            paths = [model.path for model in found.models.values()]
+            paths += [Path(settings.data).absolute()] if settings.data is not None else []
             paths += [task.teacher for task in found.tasks.values() if task.teacher is not None]
             with signals.deferred(), connected(settings, output, paths) as cluster:
                 loop.run(cluster)

@@ -117,7 +117,9 @@ def tasks_of(settings: GridSettings) -> list[str]:
     return names
 
 
-def _has_data(data: str, task: str) -> bool:
+def _has_data(data: str | None, task: str) -> bool:
+    if data is None:  # the hub has all of them
+        return True
     try:
         return task_folder(task, Path(data)).is_dir()
     except InputError:

@@ -37,8 +37,8 @@ STARTED_TASKS = ("rte", "mrpc", "stsb")
 class GridSettings:
     """A grid: every model on every task with every combination of what is listed."""
 
-    data: str = field(metadata={"help": "folder with TASK/train.parquet …"})
     output: str = field(metadata={"help": "folder of the grid; goes on where it was stopped"})
+    data: str | None = flag(None, "folder with TASK/train.parquet …; without it, from the hub")
     model: list[str] = field(
         default_factory=list,
         metadata={
@@ -46,7 +46,7 @@ class GridSettings:
             "folder's, or that of the folder above one called student or model"
         },
     )
-    tasks: str = flag("all", "tasks, with commas; all: the nine of GLUE that --data has")
+    tasks: str = flag("all", "tasks, with commas; all: the nine of GLUE, of those that --data has")
     preset: str | None = flag(
         None, "htd or etd, a paper's grid, or a JSON file of these flags; flags given here win"
     )
@@ -150,7 +150,7 @@ class GridSettings:
         """The rows of one task."""
         return DataSettings(
             task=task,
-            data=os.path.abspath(self.data),
+            data=None if self.data is None else os.path.abspath(self.data),
             max_length=self.max_length,  # type: ignore[arg-type]  # None: the task's own
             max_train_rows=self.max_train_rows,
             max_validation_rows=self.max_validation_rows,

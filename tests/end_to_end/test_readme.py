@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import shard
+from finetune.grid_settings import parse as parse_grid
 from pretrain.config import parse_config
 from tests.launch import Materials, command, environment, materials_fixture, write_teacher
 
@@ -75,15 +76,22 @@ def test_the_first_own_run_of_the_readme_works_as_written(
     assert (workplace / "runs" / "first-report" / "report.html").is_file()
 
 
-def test_the_paper_run_of_the_readme_has_only_known_flags(repository: Path) -> None:
+def test_the_paper_run_of_the_readme_has_only_known_flags(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = commands(repository / "README.md")
-    (distilling,) = [c for c in written if "--preset" in c]
+    (distilling,) = [c for c in written if "pretrain/run.py --preset" in c]
+    (grid,) = [c for c in written if "grid.py" in c and "--preset" in c]
     (sharding,) = [c for c in written if "corpus/wikipedia corpus/books" in c]
     config = parse_config(shlex.split(distilling.split("pretrain/run.py")[1]))
     assert config.schedule.max_steps == 100_000 and config.objective.objective == "att-mse"
     assert (repository / str(config.run.ds_config)).is_file()
     arguments = shard.parse(shlex.split(sharding.split("data_prep/shard.py")[1]))
     assert arguments.seq_length == 128
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/htd-att-mse-6x768/student").mkdir(parents=True)
+    settings = parse_grid(shlex.split(grid.split("finetune/grid.py")[1]))
+    assert len(settings.combinations) == 8 and settings.seeds == 4
 
 
 def test_every_link_of_the_documentation_leads_somewhere(repository: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from finetune.early_stop import Rungs, rungs
@@ -399,3 +400,23 @@ def test_a_dry_run_prints_trials_and_rows_and_writes_nothing(
     assert "rte tiny: lr 1e-5, batch 16, 2 epochs, seed 1" in said
     assert "2 trials, together about" in said
     assert not (tmp_path / "grid").exists()
+
+
+def test_without_a_data_folder_the_tasks_load_from_the_hub(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's answer is stood in; nothing else is."""
+    place = rte(tmp_path) / "rte"
+    files = {split: str(place / f"{split}.parquet") for split in ("train", "validation")}
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str) -> Any:
+        asked.append(names)
+        return datasets.load_dataset("parquet", data_files=files)
+
+    grid = ["--tasks", "rte", "--max_length", "32", "--output", str(tmp_path / "grid")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.tasks.load_dataset", load_dataset)
+        main(["--model", f"tiny={bert}", *grid, "--seeds", "1", "--dry_run"])
+    assert asked == [("nyu-mll/glue", "rte")]
+    assert "rte: train 32, validation 32 rows" in capsys.readouterr().out
