@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 TESTS ?= tests
+JOBS ?= 2
 # for `make bench`, which takes hours on two cores and goes on where it was stopped
 DATA ?= $(or $(POTSTILL_DATA),../shared/data)
 RUNS ?= runs
@@ -27,7 +28,7 @@ RIVALS := $(if $(MINILMV2),--minilmv2 "$(MINILMV2)") $(if $(DISTILBERT),--distil
 
 help:
 	@echo "make demo     shard, train a teacher, distil, fine-tune, report: under 10 minutes on 2 cores"
-	@echo "make test     every test (TESTS=tests/pretrain for some of them)"
+	@echo "make test     every test (TESTS=tests/pretrain for some of them, JOBS=2 files at a time)"
 	@echo "make check    formatting, lint and types"
 	@echo "make bench    every benchmark, then the tables of docs/ (hours)"
 	@echo "make clean    remove the environment and the demo"
@@ -53,7 +54,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 		echo "no chromium here: the tests of the report's page in a browser are skipped"
-	python -m pytest $(TESTS)
+	python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 check: $(VENV)/.test-installed
 	ruff format --check .
