@@ -14,6 +14,9 @@ from finetune.settings import (
     DataSettings,
     check_between,
     check_folder_given,
+    check_parts,
+    check_rate,
+    check_schedule,
     flag,
     flag_parser,
     read_flags,
@@ -104,19 +107,12 @@ class RecipeSettings:
         check_between("batch_size", self.batch_size, 1, 1_000_000)
         check_between("seed", self.seed, 0, LARGEST_SEED)
         for name in ("lr", "intermediate_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise InputError(
-                    f"--{name} {value}: give a number above 0 and up to 1, such as 3e-5"
-                )
+            check_rate(name, getattr(self, name))
         if not 0 < self.temperature <= 1000:
             raise InputError(
                 f"--temperature {self.temperature}: give a number above 0 and up to 1000"
             )
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup {self.warmup}: give a share of the updates, 0 <= share < 1")
-        if not 0 <= self.weight_decay <= 100:
-            raise InputError(f"--weight_decay {self.weight_decay}: give a number from 0 to 100")
+        check_schedule(self.warmup, self.weight_decay)
 
     @property
     def vanilla(self) -> bool:
@@ -139,12 +135,7 @@ class DistillSettings:
                 f"--task {SPANS}: task-specific distillation is for labels of whole rows; "
                 "fine-tune a general student with run.py instead"
             )
-        size, parts = self.batch_size, self.recipe.accumulation
-        check_between("accumulation", parts, 1, size)
-        if size % parts:
-            raise InputError(
-                f"--accumulation {parts} does not divide --batch_size {size}; give a divisor of it"
-            )
+        check_parts(self.batch_size, self.recipe.accumulation)
 
     def _check_own_student(self) -> None:
         """Refuse what tells of a cut of the teacher where the student has a folder of its own."""

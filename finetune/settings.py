@@ -106,20 +106,35 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_between("batch_size", self.batch_size, 1, 1_000_000)
-        check_between("accumulation", self.accumulation, 1, self.batch_size)
-        if self.batch_size % self.accumulation:
-            raise InputError(
-                f"--accumulation {self.accumulation} does not divide --batch_size "
-                f"{self.batch_size}; give a divisor of it"
-            )
+        check_parts(self.batch_size, self.accumulation)
         check_between("epochs", self.epochs, 0, 100_000)
         check_between("seed", self.seed, 0, LARGEST_SEED)
-        if not 0 < self.lr <= 1:
-            raise InputError(f"--lr {self.lr}: give a number above 0 and up to 1, such as 3e-5")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup {self.warmup}: give a share of the updates, 0 <= share < 1")
-        if not 0 <= self.weight_decay <= 100:
-            raise InputError(f"--weight_decay {self.weight_decay}: give a number from 0 to 100")
+        check_rate("lr", self.lr)
+        check_schedule(self.warmup, self.weight_decay)
+
+
+def check_parts(batch_size: int, accumulation: int) -> None:
+    """Refuse a batch that cannot be computed in so many equal parts."""
+    check_between("accumulation", accumulation, 1, batch_size)
+    if batch_size % accumulation:
+        raise InputError(
+            f"--accumulation {accumulation} does not divide --batch_size {batch_size}; give a "
+            "divisor of it"
+        )
+
+
+def check_rate(name: str, value: float | None) -> None:
+    """Refuse a learning rate outside (0, 1]; `name` is its flag's."""
+    if value is not None and not 0 < value <= 1:
+        raise InputError(f"--{name} {value}: give a number above 0 and up to 1, such as 3e-5")
+
+
+def check_schedule(warmup: float, weight_decay: float) -> None:
+    """Refuse a warm-up or a decay that makes no sense."""
+    if not 0 <= warmup < 1:
+        raise InputError(f"--warmup {warmup}: give a share of the updates, 0 <= share < 1")
+    if not 0 <= weight_decay <= 100:
+        raise InputError(f"--weight_decay {weight_decay}: give a number from 0 to 100")
 
 
 def check_between(name: str, value: int | None, least: int, most: int) -> None:
