@@ -17,7 +17,7 @@ from pathlib import Path
 from common import IMAGES
 from playwright.sync_api import sync_playwright
 
-from finetune.page import page
+from finetune.page.assemble import page
 from potstill.errors import InputError
 from potstill.files import write_bytes
 

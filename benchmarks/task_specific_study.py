@@ -22,9 +22,9 @@ import torch
 from common import DATA, RESULTS, execute, machine, packaged_teacher, write_report
 from scipy.stats import spearmanr
 
-from finetune.papers import paper_rows
-from finetune.selection import Best, best_of_grid, read_trials
-from finetune.significance import paired
+from finetune.reporting.papers import paper_rows
+from finetune.reporting.selection import Best, best_of_grid, read_trials
+from finetune.reporting.significance import paired
 
 TASKS = ("rte", "mrpc")
 PAPER_METRIC = {"rte": "accuracy", "mrpc": "accuracy"}  # HTD's MRPC "F1" lies below always-yes

@@ -16,11 +16,11 @@ from transformers import EvalPrediction
 
 from finetune import results
 from finetune.classifier import save_classifier
-from finetune.distill_lessons import Intermediate, Lesson, Prediction, label_loss
-from finetune.distill_models import make_trainable
-from finetune.distill_parts import Parts, prepare
-from finetune.distill_settings import DistillSettings, parse
-from finetune.distill_stages import Pace, StageResult, train_stage
+from finetune.distillation.lessons import Intermediate, Lesson, Prediction, label_loss
+from finetune.distillation.models import make_trainable
+from finetune.distillation.parts import Parts, prepare
+from finetune.distillation.settings import DistillSettings, parse
+from finetune.distillation.stages import Pace, StageResult, train_stage
 from finetune.run import report
 from finetune.training import OnEpoch, scores_by_epoch
 from finetune.trial import announce, facts, use_one_device, volume

@@ -12,14 +12,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.cluster import check_machine, connected
-from finetune.grid_check import Survey, survey
-from finetune.grid_distill import survey_distillations
-from finetune.grid_file import claim, describe, withdraw
-from finetune.grid_loop import Loop
-from finetune.grid_plan import Planned, plan, rows_of
-from finetune.grid_settings import GridSettings, parse
-from finetune.grid_tables import read_failed, write_tables
+from finetune.grids.check import Survey, survey
+from finetune.grids.connection import check_machine, connected
+from finetune.grids.distillation import survey_distillations
+from finetune.grids.file import claim, describe, withdraw
+from finetune.grids.loop import Loop
+from finetune.grids.plan import Planned, plan, rows_of
+from finetune.grids.settings import GridSettings, parse
+from finetune.grids.tables import read_failed, write_tables
 from finetune.results import check_writable
 from potstill.console import program, say
 from potstill.errors import TrainingError

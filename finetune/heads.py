@@ -14,7 +14,7 @@ from transformers import EvalPrediction, Trainer
 from finetune.classifier import Classifier, encode, load_classifier, output_names
 from finetune.scores import Scores, majority
 from finetune.settings import SPANS, DataSettings
-from finetune.squad import span_head
+from finetune.squad.task import span_head
 from finetune.tasks import TaskData, load
 from finetune.training import HeadData, make_scorer, positive_index
 

@@ -29,8 +29,8 @@ from finetune.settings import (
     flag_parser,
     read_flags,
 )
-from finetune.squad import COLUMNS, SpanData, SpanHead, read_questions, span_settings
-from finetune.squad_windows import cut_into_windows
+from finetune.squad.task import COLUMNS, SpanData, SpanHead, read_questions, span_settings
+from finetune.squad.windows import cut_into_windows
 from finetune.submissions import SUBMISSIONS, Submission, table
 from finetune.tables import read_parquet, read_rows
 from finetune.tasks import TASKS, Rows, check_texts, task_folder

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from finetune.classifier import fingerprint
-from finetune.costs import STORE, costs
-from finetune.latency import has_onnx
-from finetune.page import page
-from finetune.report_data import Report, add_costs, build
-from finetune.report_tables import csv_text, markdown
-from finetune.selection import Trial, is_grid, read_grid, read_trials
+from finetune.page.assemble import page
+from finetune.reporting.costs import STORE, costs
+from finetune.reporting.data import Report, add_costs, build
+from finetune.reporting.latency import has_onnx
+from finetune.reporting.selection import Trial, is_grid, read_grid, read_trials
+from finetune.reporting.tables import csv_text, markdown
 from potstill.console import program, say
 from potstill.errors import InputError
 from potstill.files import is_leftover, write_json, write_text

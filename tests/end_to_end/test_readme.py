@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import shard
-from finetune.grid_settings import parse as parse_grid
+from finetune.grids.settings import parse as parse_grid
 from pretrain.config import parse_config
 from tests.launch import Materials, command, environment, materials_fixture, write_teacher
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from finetune.cluster import Cluster, Hand, check_machine
-from finetune.grid_settings import GridSettings
-from finetune.worker import Promise
+from finetune.grids.cluster import Cluster, Hand
+from finetune.grids.connection import check_machine
+from finetune.grids.settings import GridSettings
+from finetune.grids.worker import Promise
 from potstill.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -21,8 +22,8 @@ STRANGER = "import ray; ray.init(address='{}', log_to_driver=False, configure_lo
 WITHIN = """
 import os, subprocess, sys
 from pathlib import Path
-from finetune.cluster import connected
-from finetune.grid_settings import GridSettings
+from finetune.grids.connection import connected
+from finetune.grids.settings import GridSettings
 place, code = Path(sys.argv[1]), sys.argv[2]
 settings = GridSettings(data=".", output=str(place), model=["x=."], workers=1)
 with connected(settings, place, []) as cluster:

@@ -9,11 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, BertForMaskedLM, DistilBertConfig
 
-import finetune.costs
-import finetune.latency
+import finetune.reporting.costs
+import finetune.reporting.latency
 from finetune.classifier import load_classifier
-from finetune.costs import STORE, costs, positions, row_flops, static_costs
-from finetune.latency import LENGTH, case_names, exported, inputs, latencies
+from finetune.reporting.costs import STORE, costs, positions, row_flops, static_costs
+from finetune.reporting.latency import LENGTH, case_names, exported, inputs, latencies
 from potstill.errors import InputError, TrainingError
 from tests.finetune.conftest import SHAPE, byte_level, wordpiece
 
@@ -47,7 +47,7 @@ def long_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time everything twice only."""
-    monkeypatch.setattr(finetune.latency, "REPEATS", 2)
+    monkeypatch.setattr(finetune.reporting.latency, "REPEATS", 2)
 
 
 def test_parameters_bytes_and_flops_are_those_counted_by_hand(long_bert: Path) -> None:
@@ -95,7 +95,7 @@ def test_an_export_that_answers_otherwise_is_refused(
     long_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra `report`")
-    export = finetune.latency._export
+    export = finetune.reporting.latency._export
 
     def wrong(model: Any, path: Path) -> None:
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_an_export_that_answers_otherwise_is_refused(
             export(model, path)
             model.classifier.bias -= 1
 
-    monkeypatch.setattr(finetune.latency, "_export", wrong)
+    monkeypatch.setattr(finetune.reporting.latency, "_export", wrong)
     model = load_classifier(long_bert, ("0", "1"), LENGTH, seed=0).model.eval()
     with pytest.raises(TrainingError, match="logits differ from torch's by 1"):
         exported(model, tmp_path, threads=1)
@@ -120,7 +120,7 @@ def test_every_case_is_timed_and_a_second_report_takes_what_is_kept(
     def never(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(finetune.costs, "latencies", never)
+    monkeypatch.setattr(finetune.reporting.costs, "latencies", never)
     renamed = costs({"b": long_bert}, tmp_path, threads=1, with_latency=True)["b"]["latency_ms"]
     assert renamed == first
     with pytest.raises(AssertionError, match="measured again"):
@@ -132,7 +132,7 @@ def test_every_case_is_timed_and_a_second_report_takes_what_is_kept(
 def test_without_onnxruntime_its_cases_are_left_empty(
     long_bert: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (finetune.latency, finetune.costs):
+    for module in (finetune.reporting.latency, finetune.reporting.costs):
         monkeypatch.setattr(module, "has_onnx", lambda: False)
     found = costs({"a": long_bert}, tmp_path, threads=1, with_latency=True)["a"]["latency_ms"]
     assert {case for case, value in found.items() if value is None} == {
@@ -150,7 +150,7 @@ def test_a_model_with_fewer_positions_is_not_timed(bert: Path, tmp_path: Path) -
 def test_threads_are_as_before_when_the_timing_is_over(
     long_bert: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune.latency, "has_onnx", lambda: False)
+    monkeypatch.setattr(finetune.reporting.latency, "has_onnx", lambda: False)
     before = torch.get_num_threads()
     latencies({"a": long_bert}, threads=before + 1)
     assert torch.get_num_threads() == before

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune.distill import main, run_distillation
-from finetune.distill_models import plan_student
-from finetune.distill_settings import DistillSettings, FolderSettings, RecipeSettings
+from finetune.distillation.models import plan_student
+from finetune.distillation.settings import DistillSettings, FolderSettings, RecipeSettings
 from finetune.results import read_result
 from finetune.settings import DataSettings
 from potstill.errors import InputError
@@ -151,7 +151,7 @@ def test_with_stored_features_the_teacher_does_not_run(
         raise AssertionError("the teacher ran")
 
     for name in ("features", "logits"):
-        monkeypatch.setattr(f"finetune.distill_models.LiveTeacher.{name}", runs)
+        monkeypatch.setattr(f"finetune.distillation.models.LiveTeacher.{name}", runs)
     again = distil(*store, output=tmp_path / "again")
     assert stages(first) == stages(again)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()} == kept

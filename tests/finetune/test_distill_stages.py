@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from finetune.classifier import Classifier
-from finetune.distill_batches import TaskRows
-from finetune.distill_lessons import Intermediate, Prediction, label_loss
-from finetune.distill_models import Computing, LiveTeacher, cut_student, plan_student
-from finetune.distill_settings import RecipeSettings
-from finetune.distill_stages import Pace, train_stage
+from finetune.distillation.batches import TaskRows
+from finetune.distillation.lessons import Intermediate, Prediction, label_loss
+from finetune.distillation.models import Computing, LiveTeacher, cut_student, plan_student
+from finetune.distillation.settings import RecipeSettings
+from finetune.distillation.stages import Pace, train_stage
 from pretrain.features import Feature
 from pretrain.models import shape_of
 from pretrain.objectives import Settings, build_objective

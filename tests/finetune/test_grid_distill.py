@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from finetune.grid_check import Survey
-from finetune.grid_distill import Distilling, survey_distillations
-from finetune.grid_file import claim, describe
-from finetune.grid_plan import Planned, plan
-from finetune.grid_settings import GridSettings
-from finetune.selection import best_of_grid, read_trials
+from finetune.grids.check import Survey
+from finetune.grids.distillation import Distilling, survey_distillations
+from finetune.grids.file import claim, describe
+from finetune.grids.plan import Planned, plan
+from finetune.grids.settings import GridSettings
+from finetune.reporting.selection import best_of_grid, read_trials
 from potstill.errors import InputError
 from potstill.files import write_json
 from tests.finetune.distilled import write_pairs, write_scored, write_teacher

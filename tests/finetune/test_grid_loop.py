@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from finetune.cluster import Event, Hand
-from finetune.grid_check import survey
-from finetune.grid_file import claim, describe
-from finetune.grid_loop import Loop, Try
-from finetune.grid_plan import FineTuning, plan
-from finetune.grid_settings import GridSettings
-from finetune.grid_tables import read_failed, write_tables
+from finetune.grids.check import survey
+from finetune.grids.cluster import Event, Hand
+from finetune.grids.file import claim, describe
+from finetune.grids.loop import Loop, Try
+from finetune.grids.plan import FineTuning, plan
+from finetune.grids.settings import GridSettings
+from finetune.grids.tables import read_failed, write_tables
+from finetune.grids.worker import Outcome, Worker
 from finetune.results import read_result
-from finetune.worker import Outcome, Worker
 from tests.finetune.conftest import mnli_rows, write_parquet
 from tests.finetune.test_grid_plan import rte
 

@@ -8,14 +8,14 @@ from typing import Any
 import datasets
 import pytest
 
-from finetune.early_stop import Rungs, rungs
 from finetune.grid import main
-from finetune.grid_check import ModelFacts, Survey, TaskFacts
-from finetune.grid_file import claim, describe, withdraw
-from finetune.grid_loop import Loop
-from finetune.grid_plan import FineTuning, Planned, plan, short
-from finetune.grid_settings import GridSettings, named_models, parse
-from finetune.grid_tables import write_tables
+from finetune.grids.check import ModelFacts, Survey, TaskFacts
+from finetune.grids.early_stop import Rungs, rungs
+from finetune.grids.file import claim, describe, withdraw
+from finetune.grids.loop import Loop
+from finetune.grids.plan import FineTuning, Planned, plan, short
+from finetune.grids.settings import GridSettings, named_models, parse
+from finetune.grids.tables import write_tables
 from finetune.settings import DataSettings, RunSettings, TrainSettings
 from potstill.errors import InputError
 from potstill.lock import hold
@@ -246,7 +246,7 @@ def test_a_grid_that_began_behind_our_back_is_seen_under_the_lock(
         claim(tmp_path / "grid", GRID).release()
         return hold(path, message)
 
-    monkeypatch.setattr("finetune.grid_file.hold", begin_another)
+    monkeypatch.setattr("finetune.grids.file.hold", begin_another)
     with pytest.raises(InputError, match="max_length is 128 there and 64 here"):
         claim(tmp_path / "grid", GRID | {"max_length": 64})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune.page import page
+from finetune.page.assemble import page
 from tests.finetune.sample_report import MODELS, TASKS, sample_report
 
 SCRIPT = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"

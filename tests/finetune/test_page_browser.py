@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune.page import page
+from finetune.page.assemble import page
 from tests.finetune.sample_report import sample_report
 
 api = pytest.importorskip("playwright.sync_api", reason="the browser's driver, playwright")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-import finetune.papers
-from finetune.papers import averages, own_average, paper_rows
+import finetune.reporting.papers
+from finetune.reporting.papers import averages, own_average, paper_rows
 from finetune.tasks import TASKS
 
-FILE = Path(finetune.papers.__file__).with_name("papers.json")
+FILE = Path(finetune.reporting.papers.__file__).with_name("papers.json")
 DOES_NOT_ADD_UP = {  # printed average, and the mean of the row's own printed scores
     ("HTD", "1", "Hid-CLS (4,8,12)"): (73.2, 73.71),
     ("HTD", "1", "Att-MSE+Hid-Seq (4,8,12)"): (77.0, 76.69),

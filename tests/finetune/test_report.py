@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 
 from finetune.classifier import fingerprint
 from finetune.report import main
-from finetune.report_tables import cell
+from finetune.reporting.tables import cell
 from tests.finetune.conftest import QUICK, mnli_rows, write_parquet
 from tests.finetune.made_grid import result, write_grid, write_json, write_scores, write_trial
 

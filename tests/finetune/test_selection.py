@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.selection import best_of_grid, cells, mean_and_std, read_trials
+from finetune.reporting.selection import best_of_grid, cells, mean_and_std, read_trials
 from potstill.errors import InputError
 from tests.finetune.made_grid import result, write_grid, write_json, write_scores, write_trial
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import t as student_t
 from scipy.stats import ttest_rel
 
-from finetune.significance import ALL_TASKS, paired, paired_tests
+from finetune.reporting.significance import ALL_TASKS, paired, paired_tests
 
 A = {0: 0.71, 1: 0.69, 2: 0.74, 3: 0.70}
 B = {0: 0.68, 1: 0.70, 2: 0.69, 3: 0.66}

@@ -13,8 +13,8 @@ from transformers import AutoModelForQuestionAnswering, BertConfig, BertForMaske
 
 from data_prep.tokenization import train_tokenizer
 from finetune.settings import DataSettings
-from finetune.squad import load_squad, read_questions
-from finetune.squad_answers import exact_match, word_f1
+from finetune.squad.answers import exact_match, word_f1
+from finetune.squad.task import load_squad, read_questions
 from finetune.tasks import load
 from potstill.errors import InputError
 from tests.finetune.conftest import SHAPE

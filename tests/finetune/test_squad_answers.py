@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from finetune.squad_answers import (
+from finetune.squad.answers import (
     Answer,
     answer_questions,
     best_spans,
@@ -14,7 +14,7 @@ from finetune.squad_answers import (
     squad_scores,
     word_f1,
 )
-from finetune.squad_windows import OUTSIDE, Question
+from finetune.squad.windows import OUTSIDE, Question
 
 CONTEXT = "alpha beta gamma delta"
 WORDS = [(0, 5), (6, 10), (11, 16), (17, 22)]

@@ -8,9 +8,9 @@ from transformers import AutoConfig, BertConfig
 
 from data_prep.tokenization import load_tokenizer
 from finetune.settings import DataSettings
-from finetune.squad import load_squad, span_head
-from finetune.squad_answers import squad_scores
-from finetune.squad_windows import (
+from finetune.squad.answers import squad_scores
+from finetune.squad.task import load_squad, span_head
+from finetune.squad.windows import (
     OUTSIDE,
     Question,
     WindowSettings,

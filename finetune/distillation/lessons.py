@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune.distill_models import Computing
+from finetune.distillation.models import Computing
 from finetune.results import INTERMEDIATE, PREDICTION
 from pretrain.batches import Batch
 from pretrain.features import Feature

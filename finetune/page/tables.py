@@ -5,8 +5,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from finetune.page_data import ABSENT, Study, percent, spread, switch, title, when
-from finetune.page_summary import CHANCE, TOO_FEW, flops_cell, written_p
+from finetune.page.data import ABSENT, Study, percent, spread, switch, title, when
+from finetune.page.summary import CHANCE, TOO_FEW, flops_cell, written_p
 from potstill.chart_axis import short
 from potstill.charts import key
 from potstill.page_frame import Cell, Column, Row, details, table

@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 
 from finetune.classifier import fingerprint, output_names
-from finetune.distill_settings import RecipeSettings
-from finetune.grid_settings import STARTED_TASKS, GridSettings, named_models
+from finetune.distillation.settings import RecipeSettings
+from finetune.grids.settings import STARTED_TASKS, GridSettings, named_models
 from finetune.heads import Head, head_for
 from finetune.settings import SPANS, DataSettings
 from finetune.tasks import TASKS, TaskData, task_folder

@@ -9,9 +9,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from finetune import page_charts, page_costs, page_grids, page_tables
-from finetune.page_data import Study
-from finetune.page_summary import models_table, summary
+from finetune.page import charts, costs, grids, tables
+from finetune.page.data import Study
+from finetune.page.summary import models_table, summary
 from potstill.charts import key
 from potstill.page_frame import Column, Row, details, frame, table
 
@@ -24,7 +24,7 @@ def page(report: Mapping[str, Any]) -> str:
             tests, grids, curves, papers, distillations, failed. A part that is missing is empty.
     """
     study = Study(report)
-    own = files("finetune")
+    own = files("finetune.page")
     return frame(
         str(report.get("title") or "Fine-tuning report"),
         _body(study),
@@ -38,19 +38,19 @@ def _body(study: Study) -> str:
     heading = f"<h1>{escape(str(report.get('title') or 'Fine-tuning report'))}</h1>"
     date = f'<p class="note">{escape(str(report["date"]))}</p>' if report.get("date") else ""
     sections = [
-        ("sizes", "Models", models_table(study) + page_costs.against_costs(study)),
-        ("scores", "Scores", page_tables.scores(study)),
-        ("tests", "Is the difference real?", page_tables.tests(study)),
-        ("curves", "Training curves", page_charts.curves(study)),
-        ("grid", "The grid", page_grids.heat_maps(study)),
-        ("papers", "Beside the papers", page_tables.papers(study)),
+        ("sizes", "Models", models_table(study) + costs.against_costs(study)),
+        ("scores", "Scores", tables.scores(study)),
+        ("tests", "Is the difference real?", tables.tests(study)),
+        ("curves", "Training curves", charts.curves(study)),
+        ("grid", "The grid", grids.heat_maps(study)),
+        ("papers", "Beside the papers", tables.papers(study)),
     ]
     if study.part("distillations"):
         place = [name for name, _, _ in sections].index("papers")
-        shown = page_grids.distillations(study)
+        shown = grids.distillations(study)
         sections.insert(place, ("distilled", "Task-specific distillation", shown))
     if study.part("failed"):
-        sections.append(("failed", "Trials that failed", page_tables.failed(study)))
+        sections.append(("failed", "Trials that failed", tables.failed(study)))
     links = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text, _ in sections)
     parts = [
         f'<section id="{name}"><h2>{escape(text)}</h2>{content}</section>'

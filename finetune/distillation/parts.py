@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from data_prep.tokenization import tokenizer_fingerprint
 from finetune.classifier import Classifier, fingerprint, potstill_facts
-from finetune.distill_batches import TaskRows, task_rows
-from finetune.distill_lessons import Source
-from finetune.distill_models import (
+from finetune.distillation.batches import TaskRows, task_rows
+from finetune.distillation.lessons import Source
+from finetune.distillation.models import (
     Computing,
     LiveTeacher,
     Plan,
@@ -22,11 +22,11 @@ from finetune.distill_models import (
     load_teacher,
     plan_student,
 )
-from finetune.distill_settings import DistillSettings
+from finetune.distillation.settings import DistillSettings
+from finetune.distillation.teacher_store import LOGITS, check_store, open_store
 from finetune.heads import LabelHead
 from finetune.results import check_writable
 from finetune.tasks import load
-from finetune.teacher_store import LOGITS, check_store, open_store
 from finetune.training import has_bf16
 from potstill.errors import InputError
 from pretrain.features import Feature

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 
-from finetune.page_data import ABSENT, Study, percent, times, title
+from finetune.page.data import ABSENT, Study, percent, times, title
 from potstill.chart_axis import short
 from potstill.charts import key
 from potstill.page_frame import Cell, Column, Row, table

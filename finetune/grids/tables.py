@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.early_stop import was_stopped
-from finetune.grid_file import FAILED_FILE
-from finetune.grid_plan import is_started, short
+from finetune.grids.early_stop import was_stopped
+from finetune.grids.file import FAILED_FILE
+from finetune.grids.plan import is_started, short
+from finetune.reporting.selection import Best, Trial, best_of_grid, read_grid, read_trials
 from finetune.results import writing
-from finetune.selection import Best, Trial, best_of_grid, read_grid, read_trials
 from potstill.errors import InputError
 from potstill.files import write_json, write_text
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.distill_batches import TaskRows
-from finetune.distill_lessons import Lesson
+from finetune.distillation.batches import TaskRows
+from finetune.distillation.lessons import Lesson
 from potstill.console import progress
 from potstill.errors import TrainingError
 from pretrain.optim import parameter_groups

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from finetune.latency import NO_ONNX
+from finetune.reporting.latency import NO_ONNX
 
 Report = Mapping[str, Any]
 ABSENT = "–"

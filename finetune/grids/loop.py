@@ -9,14 +9,14 @@ from typing import Any
 from transformers import AutoModel
 
 from data_prep.tokenization import load_tokenizer
-from finetune.cluster import Cluster, Event, rungs_on_this_node
-from finetune.early_stop import Rungs, was_stopped
-from finetune.grid_file import FAILED_FILE, STARTED_FROM
-from finetune.grid_plan import FineTuning, Planned, first_seed, is_started
-from finetune.grid_settings import GridSettings
+from finetune.grids.cluster import Cluster, Event, rungs_on_this_node
+from finetune.grids.early_stop import Rungs, was_stopped
+from finetune.grids.file import FAILED_FILE, STARTED_FROM
+from finetune.grids.plan import FineTuning, Planned, first_seed, is_started
+from finetune.grids.settings import GridSettings
+from finetune.grids.worker import Judge, Outcome
+from finetune.reporting.selection import best_of_grid, read_trials
 from finetune.results import writing
-from finetune.selection import best_of_grid, read_trials
-from finetune.worker import Judge, Outcome
 from potstill.console import progress, say
 from potstill.files import whole_folder, write_json
 from potstill.signals import Signalled

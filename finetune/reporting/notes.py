@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.grid_plan import is_started
-from finetune.selection import Best, Trial, is_grid, read_grid
-from finetune.significance import ALL_TASKS
+from finetune.grids.plan import is_started
+from finetune.reporting.selection import Best, Trial, is_grid, read_grid
+from finetune.reporting.significance import ALL_TASKS
 
 FULL_TRAIN_ROWS = {  # of the public data sets
     "cola": 8551,

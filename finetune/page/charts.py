@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from finetune.page_data import ABSENT, Study, switch, title, when
+from finetune.page.data import ABSENT, Study, switch, title, when
 from potstill.charts import Line, line_chart
 from potstill.page_frame import Cell, Column, Row, details, table
 

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.distill_batches import TaskRows
-from finetune.distill_models import LiveTeacher
+from finetune.distillation.batches import TaskRows
+from finetune.distillation.models import LiveTeacher
 from finetune.results import check_writable, writing
 from potstill.console import progress, say
 from potstill.errors import InputError

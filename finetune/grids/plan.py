@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.grid_check import ModelFacts, Survey, TaskFacts
-from finetune.grid_distill import distilling, stage_1_epochs
-from finetune.grid_settings import STARTED_TASKS, GridSettings
+from finetune.grids.check import ModelFacts, Survey, TaskFacts
+from finetune.grids.distillation import distilling, stage_1_epochs
+from finetune.grids.settings import STARTED_TASKS, GridSettings
 from finetune.settings import DataSettings, RunSettings, TrainSettings
 from finetune.training import OnEpoch
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune.classifier import fingerprint
-from finetune.latency import LENGTH, ONNX_PACKAGES, case_names, has_onnx, latencies
+from finetune.reporting.latency import LENGTH, ONNX_PACKAGES, case_names, has_onnx, latencies
 from potstill.console import say
 from potstill.errors import InputError
 from potstill.files import write_json

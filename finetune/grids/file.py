@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.grid_check import Survey
-from finetune.grid_distill import fixed_part
-from finetune.grid_settings import GridSettings
+from finetune.grids.check import Survey
+from finetune.grids.distillation import fixed_part
+from finetune.grids.settings import GridSettings
+from finetune.reporting.selection import GRID_FILE, read_grid
 from finetune.results import LOCK, writing
-from finetune.selection import GRID_FILE, read_grid
 from potstill.errors import InputError
 from potstill.files import is_leftover, remove_leftovers, write_json
 from potstill.lock import Lock, hold

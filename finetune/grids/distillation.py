@@ -13,16 +13,16 @@ from typing import Any
 
 import transformers
 
-from finetune.distill_models import plan_student
-from finetune.distill_parts import Parts, prepare
-from finetune.distill_settings import (
+from finetune.distillation.models import plan_student
+from finetune.distillation.parts import Parts, prepare
+from finetune.distillation.settings import (
     PAPER_INITS,
     DistillSettings,
     FolderSettings,
     RecipeSettings,
 )
-from finetune.grid_check import ModelFacts, Survey, TaskFacts, task_facts, tasks_of
-from finetune.grid_settings import GridSettings
+from finetune.grids.check import ModelFacts, Survey, TaskFacts, task_facts, tasks_of
+from finetune.grids.settings import GridSettings
 from finetune.training import OnEpoch
 from potstill.console import progress
 from potstill.errors import InputError
@@ -40,13 +40,13 @@ class Distilling:
     settings: DistillSettings
 
     def run(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
-        """See `finetune.grid_plan.Job`."""
+        """See `finetune.grids.plan.Job`."""
         from finetune.distill import run_distillation  # seconds of imports
 
         return run_distillation(self.settings, on_epoch)
 
     def in_parts(self, parts: int) -> "Distilling":
-        """See `finetune.grid_plan.Job`."""
+        """See `finetune.grids.plan.Job`."""
         rows = self.settings.batch_size
         fitting = next((n for n in range(parts, rows + 1) if rows % n == 0), rows)
         recipe = replace(self.settings.recipe, accumulation=fitting)

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from data_prep.tokenization import tokenizer_fingerprint
 from finetune.classifier import Classifier, load_classifier, output_names
-from finetune.distill_settings import PAPER_LAYERS, RecipeSettings, paper_init
+from finetune.distillation.settings import PAPER_LAYERS, RecipeSettings, paper_init
 from finetune.model_checks import tokenizing
 from finetune.tasks import TaskData
 from potstill.errors import InputError

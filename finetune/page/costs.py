@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from finetune.page_data import ABSENT, Study, spread, switch, title, when
+from finetune.page.data import ABSENT, Study, spread, switch, title, when
 from potstill.chart_axis import short
 from potstill.charts import Dot, scatter
 from potstill.page_frame import Cell, Column, Row, details, table

@@ -29,7 +29,7 @@ class Average:
 
 
 def _content() -> dict[str, Any]:
-    text = (files("finetune") / "papers.json").read_text(encoding="utf-8")
+    text = (files("finetune.reporting") / "papers.json").read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
     return content
 

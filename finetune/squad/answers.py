@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from finetune.scores import Scores
-from finetune.squad_windows import OUTSIDE, Question
+from finetune.squad.windows import OUTSIDE, Question
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII's only, as the official

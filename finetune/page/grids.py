@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from finetune.page_data import ABSENT, Study, spread, switch, title, when
+from finetune.page.data import ABSENT, Study, spread, switch, title, when
 from potstill.chart_axis import short
 from potstill.charts import Dot, dot_rows, key
 from potstill.page_frame import Cell, Column, Row, details, table

@@ -20,8 +20,8 @@ from finetune.model_checks import tokenizing
 from finetune.results import writing
 from finetune.scores import Scores
 from finetune.settings import SPANS, DataSettings
-from finetune.squad_answers import Answer, answer_questions, predictions_of, squad_scores
-from finetune.squad_windows import Question, WindowSettings, check_room, cut_into_windows
+from finetune.squad.answers import Answer, answer_questions, predictions_of, squad_scores
+from finetune.squad.windows import Question, WindowSettings, check_room, cut_into_windows
 from finetune.tables import read_parquet
 from finetune.tasks import (
     SQUAD_HUB,

@@ -10,12 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from finetune.grid_tables import read_failed
-from finetune.papers import averages, own_average, paper_rows
-from finetune.report_notes import FULL_TRAIN_ROWS, notes, test_notes
+from finetune.grids.tables import read_failed
+from finetune.reporting.notes import FULL_TRAIN_ROWS, notes, test_notes
+from finetune.reporting.papers import averages, own_average, paper_rows
+from finetune.reporting.selection import Best, Trial, best_of_grid, cells, mean_and_std
+from finetune.reporting.significance import paired_tests
 from finetune.results import INTERMEDIATE
-from finetune.selection import Best, Trial, best_of_grid, cells, mean_and_std
-from finetune.significance import paired_tests
 from potstill.errors import InputError
 from pretrain.environment import describe_environment
 
@@ -121,7 +121,7 @@ def model_entry(name: str, trials: Sequence[Trial], teacher: bool) -> dict[str, 
 def add_costs(
     report: Report, costs: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
 ) -> Report:
-    """The report with the costs of its models by name (see `finetune.costs`), and more notes."""
+    """The report with its models' costs by name (see `reporting/costs.py`), and more notes."""
     models = [{**model, **costs.get(model["name"], {})} for model in report["models"]]
     return {**report, "models": models, "notes": [*report["notes"], *notes]}
 

@@ -1,0 +1,1 @@
+"""Task-specific distillation: a fine-tuned teacher teaches a student one task."""

@@ -1,0 +1,1 @@
+"""Grids of fine-tunings: planned, run on Ray, kept in files."""

@@ -1,0 +1,1 @@
+"""What a report says: best trials, tests, costs, the papers' figures."""

@@ -1,0 +1,1 @@
+"""SQuAD v1.1: windows, spans, answers and their scores."""
