@@ -3,8 +3,9 @@
     python benchmarks/grid_chaos.py --kills 20 --output runs/chaos
 
 The same grid (the real teacher on rows of RTE and MRPC) runs once in peace, then in another folder
-where SIGKILL comes at a random moment of its life, from the first import on: to the driver, to a
-worker, or to the driver's whole group of processes; after the last kill it may finish. A worker's
+where SIGKILL comes at a random moment, from the first import on and within a share of the time that
+the whole takes: to the driver, to a worker, or to the driver's whole group of processes; after the
+last kill it may finish. A worker's
 trial is computed in halves when it runs again, whose dropout is another, so the trials that say so
 (`accumulation` above 1) are left out of the comparison and counted.
 """
@@ -33,20 +34,21 @@ WORKER = "ray::Worker"
 GONE_SECONDS = 90.0  # within which every process must be gone
 
 
-def command(output: Path, rows: int, workers: int) -> list[str]:
-    """The grid: 2 tasks, 3 learning rates, 2 seeds."""
+def command(output: Path, chosen: argparse.Namespace) -> list[str]:
+    """The grid: 2 tasks, 3 learning rates, and the seeds."""
     flags = ["--model", f"teacher={packaged_teacher()}", "--tasks", "rte,mrpc"]
-    flags += ["--lr", "3e-5,5e-5,8e-5", "--batch_size", "16", "--epochs", "1", "--seeds", "2"]
-    flags += ["--data", str(DATA / "glue"), "--precision", "fp32", "--workers", str(workers)]
-    flags += ["--max_train_rows", str(rows), "--max_validation_rows", str(rows)]
+    flags += ["--lr", "3e-5,5e-5,8e-5", "--batch_size", "16", "--epochs", "1"]
+    flags += ["--seeds", str(chosen.seeds), "--workers", str(chosen.workers)]
+    flags += ["--data", str(DATA / "glue"), "--precision", "fp32"]
+    flags += ["--max_train_rows", str(chosen.rows), "--max_validation_rows", str(chosen.rows)]
     return [sys.executable, "finetune/grid.py", *flags, "--output", str(output)]
 
 
-def start(output: Path, rows: int, workers: int) -> "subprocess.Popen[bytes]":
+def start(output: Path, chosen: argparse.Namespace) -> "subprocess.Popen[bytes]":
     """The grid in a group of its own, its words in a file beside its folder."""
     with open(output.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
-            command(output, rows, workers),
+            command(output, chosen),
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -85,32 +87,39 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (stat.st_ino, stat.st_mtime_ns) for path, stat in found.items()}
 
 
-def chaos(output: Path, chosen: argparse.Namespace, lasts: float) -> dict[str, Any]:
-    """Kill the grid `--kills` times, then let it finish; what was seen."""
+def chaos(output: Path, chosen: argparse.Namespace, trials: int, life: float) -> dict[str, Any]:
+    """Kill the grid `--kills` times, then let it finish; what was seen.
+
+    Args:
+        trials: of the whole grid.
+        life: seconds after which it is killed at the latest.
+    """
     dice = random.Random(chosen.seed)
     counts: dict[str, int] = dict.fromkeys((*KINDS, "nothing"), 0)
-    rewritten, left, finished = 0, 0, stamps(output)
-    grid = start(output, chosen.rows, chosen.workers)
+    rewritten, left, in_time, finished = 0, 0, 0, stamps(output)
+    grid = start(output, chosen)
     while sum(counts[kind] for kind in KINDS) < chosen.kills and counts["nothing"] < 1000:
-        time.sleep(dice.uniform(0, lasts))
+        time.sleep(dice.uniform(0, life))
         if grid.poll() is not None:  # it finished, or ends with the driver
-            grid = start(output, chosen.rows, chosen.workers)
+            grid = start(output, chosen)
             continue
         family = psutil.Process(grid.pid).children(recursive=True)
         killed = kill(grid, dice.choice(chosen.kinds.split(",")), dice)
         counts[killed] += 1
+        in_time += killed in KINDS and len(finished) < trials
         if killed in ("driver", "group"):
             grid.wait()
             left += not gone(family)
-            grid = start(output, chosen.rows, chosen.workers)
+            grid = start(output, chosen)
         now = stamps(output)
         rewritten += sum(now.get(path) != stamp for path, stamp in finished.items())
         finished = now
-    status = grid.wait() or start(output, chosen.rows, chosen.workers).wait()
+    status = grid.wait() or start(output, chosen).wait()
     now = stamps(output)
     rewritten += sum(now.get(path) != stamp for path, stamp in finished.items())
     return {
         "kills": counts,
+        "kills_before_all_trials_were_done": in_time,
         "status": status,
         "finished": len(now),
         "run_again_though_finished": rewritten,
@@ -159,6 +168,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kinds", default=",".join(KINDS), help="what may be killed, with commas")
     parser.add_argument("--rows", type=int, default=400, help="training and validation rows a task")
+    parser.add_argument("--seeds", type=int, default=10, help="of each of the 6 configurations")
+    parser.add_argument("--life", type=float, default=0.2, help="share of the time of the whole")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -167,14 +178,14 @@ def main() -> None:
         parser.error(f"--output {chosen.output}: exists; give a new folder")
     chosen.output.mkdir(parents=True)
     began = time.perf_counter()
-    if start(chosen.output / "whole", chosen.rows, chosen.workers).wait():
+    if start(chosen.output / "whole", chosen).wait():
         sys.exit(f"the unbroken grid failed: see {chosen.output / 'whole.log'}")
     lasts = time.perf_counter() - began
     report = {
         "machine": machine(torch.device("cpu")),
         "rows": chosen.rows,
         "unbroken_seconds": lasts,
-        "chaos": chaos(chosen.output / "broken", chosen, lasts),
+        "chaos": chaos(chosen.output / "broken", chosen, 6 * chosen.seeds, chosen.life * lasts),
         "compared": compare(chosen.output / "whole", chosen.output / "broken"),
     }
     write_report(chosen.results / "grid-chaos.json", report, table(report))
