@@ -106,7 +106,6 @@ def chaos(output: Path, chosen: argparse.Namespace, trials: int, life: float) ->
         family = psutil.Process(grid.pid).children(recursive=True)
         killed = kill(grid, dice.choice(chosen.kinds.split(",")), dice)
         counts[killed] += 1
-        in_time += killed in KINDS and len(finished) < trials
         if killed in ("driver", "group"):
             grid.wait()
             left += not gone(family)
@@ -114,6 +113,7 @@ def chaos(output: Path, chosen: argparse.Namespace, trials: int, life: float) ->
         now = stamps(output)
         rewritten += sum(now.get(path) != stamp for path, stamp in finished.items())
         finished = now
+        in_time += killed in KINDS and len(now) < trials
     status = grid.wait() or start(output, chosen).wait()
     now = stamps(output)
     rewritten += sum(now.get(path) != stamp for path, stamp in finished.items())
