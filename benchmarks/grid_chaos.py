@@ -5,9 +5,9 @@
 The same grid (the real teacher on rows of RTE and MRPC) runs once in peace, then in another folder
 where SIGKILL comes at a random moment, from the first import on and within a share of the time that
 the whole takes: to the driver, to a worker, or to the driver's whole group of processes; after the
-last kill it may finish. A worker's
-trial is computed in halves when it runs again, whose dropout is another, so the trials that say so
-(`accumulation` above 1) are left out of the comparison and counted.
+last kill it may finish. A worker's trial is computed in halves when it runs again, whose dropout is
+another, so the trials that say so (`accumulation` above 1) are left out of the comparison and
+counted.
 """
 
 import argparse
@@ -128,13 +128,13 @@ def chaos(output: Path, chosen: argparse.Namespace, trials: int, life: float) ->
 
 
 def scores(output: Path) -> dict[str, Any]:
-    """Every score of each trial, epoch by epoch, and whether it was computed in halves."""
+    """Every score of each finished trial, epoch by epoch, and in how many parts it was computed."""
     found = {}
     for folder in sorted(output.glob("trials/*/*/*/")):
         result = read_result(folder)
-        assert result is not None, folder
-        name = str(folder.relative_to(output))
-        found[name] = (result["settings"]["accumulation"], result["epochs"])
+        if result is not None:
+            name = str(folder.relative_to(output))
+            found[name] = (result["settings"]["accumulation"], result["epochs"])
     return found
 
 
@@ -143,7 +143,10 @@ def compare(whole: Path, broken: Path) -> dict[str, Any]:
     ours, theirs = scores(whole), scores(broken)
     halved = [name for name, (parts, _) in theirs.items() if parts > 1]
     differing = [name for name in ours if name not in halved and ours[name] != theirs.get(name)]
-    same = [(whole / name).read_bytes() == (broken / name).read_bytes() for name in TABLES]
+    same = [  # a grid that did not end well may have none
+        (broken / name).is_file() and (whole / name).read_bytes() == (broken / name).read_bytes()
+        for name in TABLES
+    ]
     return {
         "trials": len(ours),
         "computed_in_halves": len(halved),
@@ -176,6 +179,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.output.exists():
         parser.error(f"--output {chosen.output}: exists; give a new folder")
+    if wrong := [kind for kind in chosen.kinds.split(",") if kind not in KINDS]:
+        parser.error(f"--kinds {wrong[0]!r}: give some of {','.join(KINDS)}")
     chosen.output.mkdir(parents=True)
     began = time.perf_counter()
     if start(chosen.output / "whole", chosen).wait():

@@ -2,6 +2,7 @@
 
 python finetune/grid.py --model small/ base=models/base --tasks rte,mrpc --data glue/ --output grid
 python finetune/grid.py --model small/ --tasks all --preset htd --data glue/ --output grid
+python finetune/grid.py --teacher runs/rte/model --tasks rte --preset htd --data glue/ --output grid
 python finetune/grid.py … --address auto                 on a running Ray cluster
 
 Run the same command again after any interruption: finished trials are never run again. The table
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with Signals() as signals:
             settings = parse(arguments)
             check_writable(Path(settings.output))
+            if not settings.dry_run:
+                check_machine(settings)
             found = survey(settings) if settings.teacher is None else survey_distillations(settings)
             trials = plan(settings, found)
             if settings.dry_run:
@@ -52,16 +55,15 @@ def run(settings: GridSettings, found: Survey, trials: Sequence[Planned], signal
         TrainingError: trials failed; the tables are written all the same.
     """
     output = Path(os.path.abspath(settings.output))
-    check_machine(settings)
     with claim(output, describe(settings, found)):
         loop = Loop(trials, settings, lambda: signals.pending)
         say(f"{len(trials)} trials, {len(trials) - loop.open} of them finished before")
         if loop.open:
-            withdraw(output)
             paths = [model.path for model in found.models.values()]
             paths += [Path(settings.data).absolute()] if settings.data is not None else []
             paths += [task.teacher for task in found.tasks.values() if task.teacher is not None]
             with signals.deferred(), connected(settings, output, paths) as cluster:
+                withdraw(output)
                 loop.run(cluster)
         write_tables(output)
         say(f"tables: {output / 'summary.md'}, results.csv, results.json")
@@ -74,8 +76,8 @@ def failures(output: Path, number: int) -> str:
     for one in read_failed(output):
         say(f"failed: {one['task']} {one['model']} {one['configuration']}: {one['reason']}")
     return (
-        f"{number} trials failed (see {output / 'summary.md'}); start the same command again to "
-        "try them once more"
+        f"trials that failed: {number} (see {output / 'summary.md'}); start the same command again "
+        "to try them once more"
     )
 
 

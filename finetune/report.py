@@ -28,7 +28,7 @@ from potstill.text import fits_a_line
 JSON, MARKDOWN, CSV, PAGE = "report.json", "report.md", "report.csv", "report.html"
 EPILOG = """
 OUTPUT/report.md and report.html are for people, report.json and report.csv for programs.
-OUTPUT/costs.json keeps the latencies: a second report into OUTPUT does not measure them again.
+OUTPUT/costs.json keeps the latencies: a second report of these models does not measure them again.
 Latency in onnxruntime needs `pip install -e .[report]`. Time models where nothing else runs.
 """
 
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder; give the --output of a grid or a run")
     return Settings(
-        folders=tuple(map(Path, given.folders)),
+        folders=tuple(dict.fromkeys(map(Path, given.folders))),
         output=Path(given.output),
         title=given.title,
         models=dict(map(_named, given.models)),

@@ -1,6 +1,6 @@
 """The folder of a fine-tuning run: config.json names the run, result.json is there once it is done.
 
-OUTPUT/config.json     settings, and the fingerprints of model and data
+OUTPUT/config.json     settings of the latest start, and the fingerprints of model and data
 OUTPUT/log.jsonl       what the Trainer logged, a JSON object a line
 OUTPUT/model/          the fine-tuned model and its tokenizer
 OUTPUT/predictions.json, nbest.json    SQuAD: the answers after the last epoch
@@ -126,7 +126,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> Lock:
         folder / LOCK,
         f"--output {folder}: another process fine-tunes there; wait for it, or give a new folder",
     )
-    if not _is_this_run(folder, here):
+    if not (_is_this_run(folder, here) and (folder / "result.json").exists()):
         with writing(folder):
             write_json(folder / "config.json", here)
     remove_leftovers(folder, *OWN)

@@ -17,6 +17,7 @@ from finetune.distillation.models import (
     Computing,
     LiveTeacher,
     Plan,
+    blaming,
     cut_student,
     load_student,
     load_teacher,
@@ -26,13 +27,30 @@ from finetune.distillation.settings import DistillSettings
 from finetune.distillation.teacher_store import LOGITS, check_store, open_store
 from finetune.heads import LabelHead
 from finetune.results import check_writable
-from finetune.tasks import load
+from finetune.settings import DataSettings
+from finetune.tasks import TaskData, load
 from finetune.training import has_bf16
 from potstill.errors import InputError
 from pretrain.features import Feature
 from pretrain.models import shape_of
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A task's rows and the teacher fine-tuned on it: what all its distillations share.
+
+    Attributes:
+        order: the names of the teacher's outputs. sha256: of its files.
+        origin: what Potstill wrote beside the teacher.
+    """
+
+    data: TaskData
+    teacher: Classifier
+    order: tuple[str, ...]
+    sha256: str
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,16 +116,31 @@ class Parts:
         return layers | ({LOGITS} if recipe.epochs else set())
 
 
-def prepare(settings: DistillSettings) -> Parts:
+def read_taught(folder: Path, settings: DataSettings) -> Taught:
+    """Read and check a task's rows and the teacher in `folder`.
+
+    Raises:
+        InputError: one cannot be used, or they do not go together.
+    """
+    data = load(settings)
+    teacher, order = load_teacher(folder, data, settings.max_length)
+    data.numbered(order)  # raises for labels that the training rows do not know
+    with blaming("--teacher"):
+        return Taught(data, teacher, order, fingerprint(folder), potstill_facts(folder))
+
+
+def prepare(settings: DistillSettings, taught: Taught | None = None) -> Parts:
     """Read and check models, rows and objective.
+
+    Args:
+        taught: what `read_taught` gave for these settings, where it was read before.
 
     Raises:
         InputError: one cannot be used, or they do not go together.
     """
     folders, recipe, longest = settings.folders, settings.recipe, settings.data.max_length
-    data, folder = load(settings.data), Path(folders.teacher)
-    teacher, order = load_teacher(folder, data, longest, recipe.seed)
-    data.numbered(order)  # raises for labels that the training rows do not know
+    taught = taught or read_taught(Path(folders.teacher), settings.data)
+    data, teacher, order = taught.data, taught.teacher, taught.order
     plan, student = _student(settings, teacher, order)
     if folders.tokenised is not None:
         check_writable(Path(folders.tokenised), "--tokenised")
@@ -115,7 +148,7 @@ def prepare(settings: DistillSettings) -> Parts:
         check_store(Path(folders.teacher_features))
     config = {
         "model": folders.teacher,
-        "model_sha256": fingerprint(folder),
+        "model_sha256": taught.sha256,
         "student_sha256": None if folders.student is None else fingerprint(Path(folders.student)),
         "data_sha256": data.sha256,
         "save_model": folders.save_model,
@@ -132,7 +165,7 @@ def prepare(settings: DistillSettings) -> Parts:
         _objective(settings, plan, student, teacher, len(data.splits["train"])),
         _computing(recipe.precision),
         config,
-        potstill_facts(folder),
+        taught.origin,
     )
 
 

@@ -29,6 +29,17 @@ VANILLA = "vanilla-kd"
 SMALL_TASKS = {"cola": 1e-5, "mrpc": 1e-5, "rte": 2e-5, "stsb": 2e-5}
 """Learning rates of the tasks that RoBERTa fine-tunes with batches of 16; others: 1e-5, 32."""
 
+
+def paper_lr(task: str | None) -> float:
+    """RoBERTa's peak learning rate for a task; for None, your own task, that of most."""
+    return SMALL_TASKS.get(task or "", 1e-5)
+
+
+def paper_batch_size(task: str | None) -> int:
+    """RoBERTa's rows per update for a task, likewise."""
+    return 16 if task in SMALL_TASKS else 32
+
+
 PAPER_INITS: dict[int, dict[str, str]] = {
     12: {"paper-spread": "4,8,12", "paper-mixed": "1,8,12", "paper-lower": "1,2,3"},
     6: {"paper-spread": "2,4,6", "paper-mixed": "1,4,6", "paper-lower": "1,2,3"},
@@ -150,12 +161,12 @@ class DistillSettings:
     @property
     def batch_size(self) -> int:
         """Rows per update: as told, else RoBERTa's for the task."""
-        return self.recipe.batch_size or (16 if self.data.task in SMALL_TASKS else 32)
+        return self.recipe.batch_size or paper_batch_size(self.data.task)
 
     @property
     def lr(self) -> float:
         """Peak learning rate of stage 2: as told, else RoBERTa's for the task."""
-        return self.recipe.lr or SMALL_TASKS.get(self.data.task or "", 1e-5)
+        return self.recipe.lr or paper_lr(self.data.task)
 
     @property
     def intermediate_lr(self) -> float:

@@ -6,12 +6,12 @@ retries nothing: whether a trial runs again is for `finetune/grids/loop.py`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.grids.worker import Promise, Worker
-from potstill.errors import InputError, TrainingError
+from potstill.errors import InputError, PotstillError, TrainingError
 
 LOOK_SECONDS = 5.0  # between two looks at which nodes there are
 BAD_STARTS = 3  # of workers of one node, one after another
@@ -49,6 +49,7 @@ class Cluster:
     _busy: dict[Any, tuple[Hand, Any, bool]] = field(default_factory=dict)
     _hands: list[Hand] = field(default_factory=list)
     _bad_starts: dict[str, int] = field(default_factory=dict)
+    _had_workers: bool = False
     _looked: float = -LOOK_SECONDS
 
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -56,21 +57,41 @@ class Cluster:
         return {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
 
     def hire(self) -> None:
-        """Start workers wherever a node has room for more; looks at the nodes now and then."""
+        """Start workers wherever a node has room for more; looks at the nodes now and then.
+
+        Raises:
+            InputError: no node ever had room for a worker.
+            TrainingError: all nodes that had room are gone.
+        """
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         nodes = self.nodes()
         has_gpus = any(node["Resources"].get("GPU", 0) >= 1 for node in nodes.values())
+        self._forget_lost(nodes)
         for node_id, node in nodes.items():
             there = sum(hand.node == node_id for hand in self._hands)
             for _ in range(self._slots(node["Resources"], has_gpus) - there):
                 self._start(node_id, node["NodeManagerAddress"], has_gpus)
         if not self._hands and not self._bad_starts:
-            raise InputError(
-                f"--threads {self.threads}: no machine of the cluster has room for one trial "
-                f"({self.threads} CPUs{' and a GPU' if has_gpus else ''}); give fewer"
+            raise self._no_room(has_gpus)
+
+    def _forget_lost(self, nodes: Container[str]) -> None:
+        """Leave out who idles on a node that is gone: it would lose one trial after another."""
+        lost = [hand for hand in self.idle if hand.node not in nodes]
+        self.idle = [hand for hand in self.idle if hand not in lost]
+        self._hands = [hand for hand in self._hands if hand not in lost]
+
+    def _no_room(self, has_gpus: bool) -> PotstillError:
+        if self._had_workers:
+            return TrainingError(
+                "no machine of the cluster is left that has room for a trial; start the same "
+                "command again when there is one"
             )
+        return InputError(
+            f"--threads {self.threads}: no machine of the cluster has room for one trial "
+            f"({self.threads} CPUs{' and a GPU' if has_gpus else ''}); give fewer"
+        )
 
     def _slots(self, resources: dict[str, float], has_gpus: bool) -> int:
         by_cores = int(resources.get("CPU", 0) // self.threads)
@@ -117,6 +138,9 @@ class Cluster:
             return None
         except (errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError) as error:
             return self._lost(hand, ticket, error)
+        except errors.ActorUnschedulableError:  # its node died before Ray had told so
+            self._hands.remove(hand)
+            return Event(ticket, hand, reason="its node has died", by_node=True)
         except errors.RayError as error:
             if ticket is not None:  # it started once: whatever it was, the trial may run again
                 return self._lost(hand, ticket, error)
@@ -137,6 +161,7 @@ class Cluster:
                 "output, models and data by the same paths on every node"
             )
         self._bad_starts.pop(hand.node, None)
+        self._had_workers = True
         self.idle.append(hand)
 
     def _lost(self, hand: Hand, ticket: Any, error: Exception) -> Event | None:

@@ -6,7 +6,8 @@ A model's name in such a grid is OBJECTIVE@INIT, for instance att-mse@2-4-6.
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import transformers
 
 from finetune.distillation.models import plan_student
-from finetune.distillation.parts import Parts, prepare
+from finetune.distillation.parts import Parts, prepare, read_taught
 from finetune.distillation.settings import (
     PAPER_INITS,
     DistillSettings,
@@ -22,14 +23,14 @@ from finetune.distillation.settings import (
     RecipeSettings,
 )
 from finetune.grids.check import ModelFacts, Survey, TaskFacts, task_facts, tasks_of
-from finetune.grids.settings import GridSettings
+from finetune.grids.settings import PAPER, TOKENISED, GridSettings
+from finetune.settings import parts_from
 from finetune.training import OnEpoch
 from potstill.console import progress
 from potstill.errors import InputError
 from pretrain.model_folder import check_model_folder
 from pretrain.options import read_object
 
-PAPER = "paper"  # of --init: the paper's three choices
 KNOWLEDGE = "knowledge"  # the grid's folder of stored teacher features
 
 
@@ -47,8 +48,7 @@ class Distilling:
 
     def in_parts(self, parts: int) -> "Distilling":
         """See `finetune.grids.plan.Job`."""
-        rows = self.settings.batch_size
-        fitting = next((n for n in range(parts, rows + 1) if rows % n == 0), rows)
+        fitting = parts_from(self.settings.batch_size, parts)
         recipe = replace(self.settings.recipe, accumulation=fitting)
         return replace(self, settings=replace(self.settings, recipe=recipe))
 
@@ -67,6 +67,8 @@ def teachers_of(settings: GridSettings) -> dict[str, Path]:
         task, equals, place = part.partition("=")
         if not equals or not os.path.isdir(place):
             raise InputError(f"--teacher {part!r}: no such folder; give DIR, or TASK=DIR,TASK=DIR")
+        if task in given:
+            raise InputError(f"--teacher {text}: two for {task}; give one for each task")
         given[task] = Path(os.path.abspath(place))
     if missing := [task for task in tasks if task not in given]:
         raise InputError(f"--teacher {text}: none for {', '.join(missing)}; give TASK=DIR for each")
@@ -136,17 +138,26 @@ def survey_distillations(settings: GridSettings) -> Survey:
                 f"make it {', '.join(recipes)}, those before {', '.join(models)}; run a grid for "
                 "each depth of teacher"
             )
+        data = settings.data_settings(task)
+        folders = FolderSettings(str(teacher), os.path.join(settings.output, "trials"))
+        with _naming(f"task {task}"):
+            taught = read_taught(teacher, data)
         for name, recipe in recipes.items():
-            folders = FolderSettings(str(teacher), os.path.join(settings.output, "trials"))
-            try:
-                parts = prepare(DistillSettings(folders, settings.data_settings(task), recipe))
-            except InputError as error:
-                raise InputError(f"model {name}, task {task}: {error}") from error
-            facts = task_facts(parts.head, settings.data_settings(task))
-            sha256 = parts.config["model_sha256"]
-            tasks[task] = replace(facts, teacher=teacher, teacher_sha256=sha256)
+            with _naming(f"model {name}, task {task}"):
+                parts = prepare(DistillSettings(folders, data, recipe), taught)
             models.setdefault(name, _model_facts(name, teacher, parts))
+        facts = task_facts(parts.head, data)
+        tasks[task] = replace(facts, teacher=teacher, teacher_sha256=taught.sha256)
     return Survey(models, tasks)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Errors begin with what of the grid they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def _model_facts(name: str, teacher: Path, parts: Parts) -> ModelFacts:
@@ -182,7 +193,7 @@ def distilling(
         teacher=str(survey.tasks[task].teacher),
         output=str(folder),
         save_model=settings.save_models == "all",
-        tokenised=str(output / "tokenised"),
+        tokenised=str(output / TOKENISED),
         teacher_features=str(output / KNOWLEDGE / task),
     )
     own = replace(

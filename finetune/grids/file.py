@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.grids.check import Survey
 from finetune.grids.distillation import fixed_part
-from finetune.grids.settings import GridSettings
+from finetune.grids.settings import TOKENISED, GridSettings
 from finetune.reporting.selection import GRID_FILE, read_grid
 from finetune.results import LOCK, writing
 from potstill.errors import InputError
@@ -21,7 +21,6 @@ FIXED = (
 """What all trials of a grid share; the rest of it may grow."""
 
 LISTED = ("tasks", "lr", "batch_size", "epochs")
-TOKENISED = "tokenised"
 FAILED_FILE = "failed.json"
 TABLES = ("results.json", "results.csv", "summary.md")  # the first says that the grid is finished
 OWN = (GRID_FILE, *TABLES, FAILED_FILE)
@@ -30,7 +29,8 @@ STARTED_FROM = "from_"  # and the task: folders of the encoders that other tasks
 
 def describe(settings: GridSettings, survey: Survey) -> dict[str, Any]:
     """The content of grid.json for this command alone."""
-    lr, batch_size, epochs = zip(*settings.combinations, strict=True)
+    combinations = [one for task in survey.tasks for one in settings.combinations_for(task)]
+    lr, batch_size, epochs = zip(*combinations, strict=True)
     return {
         "models": {
             name: {"path": str(model.path), "sha256": model.sha256}

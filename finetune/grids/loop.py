@@ -159,7 +159,7 @@ class Loop:
             self._again(replace(attempt, node_deaths=attempt.node_deaths + 1), event.reason, bar)
         elif outcome is None:
             self._again(replace(attempt, deaths=attempt.deaths + 1), event.reason, bar)
-        elif outcome.kind == "memory":
+        elif outcome.kind == "died":
             cluster.replace(event.hand)
             self._again(replace(attempt, deaths=attempt.deaths + 1), outcome.reason, bar)
         elif outcome.kind == "failed":

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from finetune.grids.check import ModelFacts, Survey, TaskFacts
 from finetune.grids.distillation import distilling, stage_1_epochs
-from finetune.grids.settings import STARTED_TASKS, GridSettings
-from finetune.settings import DataSettings, RunSettings, TrainSettings
+from finetune.grids.settings import STARTED_TASKS, TOKENISED, GridSettings
+from finetune.settings import DataSettings, RunSettings, TrainSettings, parts_from
 from finetune.training import OnEpoch
 
 TRAINING_FLOPS, FORWARD_FLOPS = 6, 2  # per parameter and token; a backward is two forwards
@@ -43,10 +43,8 @@ class FineTuning:
         return run_trial(self.where, self.data, self.train, on_epoch)
 
     def in_parts(self, parts: int) -> "FineTuning":
-        """See `Job`; a batch of 15 has no half, so it is computed in 3 parts."""
-        rows = self.train.batch_size
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        fitting = next((n for n in divisors if n >= parts), rows)
+        """See `Job`."""
+        fitting = parts_from(self.train.batch_size, parts)
         return replace(self, train=replace(self.train, accumulation=fitting))
 
     def starting_from(self, model: Path) -> "FineTuning":
@@ -90,7 +88,7 @@ def plan(settings: GridSettings, survey: Survey) -> list[Planned]:
         _trial(settings, survey, output, (name, task), combination, seed)
         for task in survey.tasks
         for name in survey.models
-        for combination in settings.combinations
+        for combination in settings.combinations_for(task)
         for seed in range(settings.seeds)
     ]
     trials = [replace(trial, after=_after(settings, trial, trials)) for trial in trials]
@@ -109,6 +107,8 @@ def _trial(
     (model, task), (lr, batch_size, epochs) = names, combination
     facts = survey.models[model]
     folder = output / "trials" / task / model / f"{short(lr)}-{batch_size}-{epochs}-{seed}"
+    vanilla = facts.recipe is not None and facts.recipe.vanilla
+    intermediate = 0 if vanilla else stage_1_epochs(settings, epochs)
     job: Job
     if facts.recipe is not None:
         job = distilling(settings, survey, names, combination, seed, folder)
@@ -117,7 +117,7 @@ def _trial(
             model=str(facts.path),
             output=str(folder),
             save_model=settings.save_models == "all" or task == settings.start_from_task,
-            tokenised=str(output / "tokenised"),
+            tokenised=str(output / TOKENISED),
         )
         train = settings.train_settings(lr, batch_size, epochs, seed)
         job = FineTuning(where, settings.data_settings(task), train)
@@ -129,7 +129,7 @@ def _trial(
         epochs=epochs,
         seed=seed,
         folder=folder,
-        cost=cost(facts, survey.tasks[task], epochs + stage_1_epochs(settings, epochs)),
+        cost=cost(facts, survey.tasks[task], epochs + intermediate),
         job=job,
     )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.distillation.settings import paper_batch_size, paper_lr
+from finetune.reporting.selection import NO_NAMES
 from finetune.settings import (
     DataSettings,
     TrainSettings,
@@ -21,14 +23,15 @@ from finetune.settings import (
 from potstill.errors import InputError
 from potstill.text import fits_a_line
 
+TOKENISED = "tokenised"  # the grid's folder of token ids
 PRESETS = Path(__file__).parent / "presets"
+OF_TEACHERS = "-distill"  # a paper's other preset, which its name means together with --teacher
+PAPER = "paper"  # of --init, --lr and --batch_size
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,99}")  # of a model: it becomes a folder's name
-NO_NAMES = ("student", "model")  # what every run calls the folder of its model
 OF_DISTILLATION = (
     *("objective", "init", "student_layers", "temperature"),
     *("intermediate_epochs", "intermediate_lr"),
 )
-START_TASK = "mnli"
 STARTED_TASKS = ("rte", "mrpc", "stsb")
 """Small tasks whose models RoBERTa (Liu et al. 2019) starts from the one tuned on MNLI."""
 
@@ -48,10 +51,15 @@ class GridSettings:
     )
     tasks: str = flag("all", "tasks, with commas; all: the nine of GLUE, of those that --data has")
     preset: str | None = flag(
-        None, "htd or etd, a paper's grid, or a JSON file of these flags; flags given here win"
+        None,
+        "htd or etd, a paper's grid, or a JSON file of these flags; flags given here win; with "
+        "--teacher htd is the paper's distillation on tasks (Table 3)",
     )
-    lr: str = flag("1e-5,3e-5,5e-5,8e-5", "peak learning rates, with commas")
-    batch_size: str = flag("16,32", "rows per update, with commas")
+    lr: str = flag(
+        "1e-5,3e-5,5e-5,8e-5",
+        "peak learning rates, with commas; paper, with --teacher: the one of each task",
+    )
+    batch_size: str = flag("16,32", "rows per update, likewise")
     epochs: str = flag("10", "passes over the training rows, with commas")
     seeds: int = flag(4, "how many seeds: 0, 1, …")
     max_length: int | None = flag(None, "longest row in tokens (128, squad 384)")
@@ -138,11 +146,19 @@ class GridSettings:
 
     @property
     def combinations(self) -> list[tuple[float, int, int]]:
-        """Learning rate, batch size and epochs of every configuration."""
+        """Learning rate, batch size and epochs of every configuration of most tasks."""
+        return self.combinations_for(None)
+
+    def combinations_for(self, task: str | None) -> list[tuple[float, int, int]]:
+        """Those of one task, which has values of its own where they are called `paper`."""
+        papers = self.teacher is not None and self.lr == PAPER
+        rates = [paper_lr(task)] if papers else numbers("lr", self.lr, float)
+        papers = self.teacher is not None and self.batch_size == PAPER
+        sizes = [paper_batch_size(task)] if papers else numbers("batch_size", self.batch_size, int)
         return [
             (lr, batch_size, epochs)
-            for lr in numbers("lr", self.lr, float)
-            for batch_size in numbers("batch_size", self.batch_size, int)
+            for lr in rates
+            for batch_size in sizes
             for epochs in numbers("epochs", self.epochs, int)
         ]
 
@@ -226,7 +242,11 @@ def parse(arguments: Sequence[str] | None) -> GridSettings:
     given = sys.argv[1:] if arguments is None else list(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    preset = first.parse_known_args(given)[0].preset
+    first.add_argument("--teacher")
+    found = first.parse_known_args(given)[0]
+    preset = found.preset
+    if found.teacher is not None and preset is not None and not preset.endswith(".json"):
+        preset = preset.removesuffix(OF_TEACHERS) + OF_TEACHERS
     flags = [] if preset is None else preset_flags(preset)
     (settings,) = read_flags(parser, [*flags, *given])
     assert isinstance(settings, GridSettings)

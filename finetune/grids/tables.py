@@ -13,7 +13,14 @@ from typing import Any
 from finetune.grids.early_stop import was_stopped
 from finetune.grids.file import FAILED_FILE
 from finetune.grids.plan import is_started, short
-from finetune.reporting.selection import Best, Trial, best_of_grid, read_grid, read_trials
+from finetune.reporting.selection import (
+    RESULT_FILE,
+    Best,
+    Trial,
+    best_of_grid,
+    read_grid,
+    read_trials,
+)
 from finetune.results import writing
 from potstill.errors import InputError
 from potstill.files import write_json, write_text
@@ -48,11 +55,15 @@ def write_tables(output: Path) -> None:
 def read_failed(output: Path) -> list[dict[str, Any]]:
     """The trials that were given up, sorted: task, model, configuration, reason, attempts.
 
+    One that finished all the same, on a node that was out of reach, is none of them.
+
     Raises:
         InputError: a failed.json is damaged.
     """
     failed = []
     for path in sorted((output / "trials").glob(f"*/*/*/{FAILED_FILE}")):
+        if (path.parent / RESULT_FILE).exists():
+            continue
         task, model, configuration = path.parent.parts[-3:]
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +139,7 @@ def summary(
         )
     stopped = sum(was_stopped(trial.result) for trial in trials)
     if stopped:
-        lines += ["", f"Stopped early, and so in none of these rows: {stopped} configurations."]
+        lines += ["", f"Configurations stopped early, and so in none of these rows: {stopped}."]
     if failed:
         lines += [
             "",

@@ -1,6 +1,5 @@
 """What runs in a worker's process: one trial after another, each as if the process were fresh."""
 
-import errno
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from finetune.results import LOCK
 from potstill.errors import InputError, PotstillError
 from potstill.lock import hold_soon
 
-LOCK_SECONDS = 60.0  # for which the worker of a grid that was killed may still hold a trial
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LOCK_SECONDS = 300.0  # for which the worker of a grid that was killed may still hold a trial
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,13 @@ class Promise:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended in its process."""
+    """How a trial ended in its process.
 
-    kind: Literal["done", "failed", "memory"]
+    One that "failed" would do so again. One that "died" may not: its process lacked memory, or
+    broke, and is not to be used again.
+    """
+
+    kind: Literal["done", "failed", "died"]
     result: dict[str, Any] | None = None
     reason: str = ""
 
@@ -58,11 +60,8 @@ class Worker:
             return Outcome("done", result=job.run(judge))
         except PotstillError as error:
             return Outcome("failed", reason=_line(error))
-        except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-            return Outcome("memory", reason=f"out of memory: {_line(error)}")
-        except Exception as error:  # one trial's fault must not stop the others
-            reason = f"{type(error).__name__}: {_line(error)}"
-            return Outcome("memory" if _lacks_memory(error) else "failed", reason=reason)
+        except Exception as error:  # torch raises many kinds where memory ends, or a GPU breaks
+            return Outcome("died", reason=f"{type(error).__name__}: {_line(error)}")
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,6 @@ def await_lock(path: Path) -> None:
     if path.exists():
         with suppress(InputError):
             hold_soon(path, "held", LOCK_SECONDS).release()
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """torch raises a plain RuntimeError where the CPU's memory ends."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def _line(error: BaseException) -> str:

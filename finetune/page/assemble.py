@@ -67,10 +67,17 @@ def _environment(study: Study) -> str:
     facts = study.report.get("environment") or {}
     if not facts:
         return ""
-    rows = [Row([str(name), str(value)]) for name, value in facts.items()]
-    return details(
-        "Machine and versions", table([Column("what"), Column("found")], rows, "Machine")
-    )
+    known = {name: value for name, value in facts.items() if value is not None}
+    rows = [Row([name.replace("_", " "), _fact(value)]) for name, value in known.items()]
+    board = table([Column("what"), Column("found")], rows, "Machine")
+    return details("Machine and versions that made this report", board)
+
+
+def _fact(value: object) -> str:
+    """A fact as text; of several the names with their values."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return str(value)
 
 
 def _legend(study: Study) -> str:

@@ -30,7 +30,7 @@ def curves(study: Study) -> str:
 
 
 def _curves_of(study: Study, task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    metric = f"{title(task)} {title(study.main_metrics[task])}, %"
+    metric = f"{study.decided(task)}, %"
     scores = {
         model: [_points(run["epochs"], "epoch", "score", 100.0) for run in of]
         for model, of in runs.items()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from finetune.page.data import ABSENT, Study, spread, switch, title, when
+from finetune.page.data import ABSENT, Study, spread, switch, when
 from potstill.chart_axis import short
 from potstill.charts import Dot, scatter
 from potstill.page_frame import Cell, Column, Row, details, table
@@ -58,7 +58,7 @@ def _measures(study: Study) -> dict[str, Values]:
         found[study.overall.name] = {m: (study.overall.values.get(m), None) for m in study.models}
     for task in study.tasks:
         scores = {model: study.score(model, task) for model in study.models}
-        found[title(task)] = {m: (s["mean"], s["std"]) for m, s in scores.items() if s}
+        found[study.decided(task)] = {m: (s["mean"], s["std"]) for m, s in scores.items() if s}
     return {n: v for n, v in found.items() if any(mean is not None for mean, _ in v.values())}
 
 

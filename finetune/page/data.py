@@ -122,6 +122,10 @@ class Study:
         others = [metric for _, of, metric in self._scores if of == task]
         return list(dict.fromkeys([self.main_metrics[task], *others]))
 
+    def decided(self, task: str) -> str:
+        """The task with the metric that decides, in words."""
+        return f"{title(task)} {title(self.main_metrics[task])}"
+
     def score(self, model: str, task: str, metric: str | None = None) -> Score | None:
         """A model's score on a task by a metric, the main one if None."""
         return self._scores.get((model, task, metric or self.main_metrics[task]))
@@ -156,8 +160,8 @@ class Study:
 
     @cached_property
     def overall(self) -> Overall | None:
-        """A paper's average that most models have, else the mean over the tasks of all models."""
-        most, best = 0, None
+        """An average that most models have, two at least, else the mean over all models' tasks."""
+        most, best = min(2, len(self.models)) - 1, None
         for average in self.known_averages:
             count = sum(value is not None for value in average["values"].values())
             if count > most:
@@ -172,11 +176,9 @@ class Study:
             model: sum(means[task][n] or 0.0 for task in shared) / len(shared)
             for n, model in enumerate(self.models)
         }
-        names = ", ".join(map(title, shared))
+        names = ", ".join(map(self.decided, shared))
         if len(shared) == 1:
-            return Overall(
-                names, f"The main metric of {names}, the one task of all models.", values
-            )
+            return Overall(names, "The one task that all models here have.", values)
         definition = (
             f"Plain mean of the main metrics of the tasks that every model here has: {names}. No "
             "paper's average: none of theirs has all its tasks here."

@@ -23,7 +23,7 @@ def heat_maps(study: Study) -> str:
     for n, task in enumerate(tasks):
         of = [grid for grid in grids if grid["task"] == task]
         maps = "".join(_heat_map(study, grid) for grid in of)
-        name = f"<h3>{escape(title(task))}, {escape(title(study.main_metrics[task]))}, %</h3>"
+        name = f"<h3>{escape(study.decided(task))}, %</h3>"
         parts.append(f'<div{when(grid=n)}>{name}<div class="cards">{maps}</div></div>')
     note = (
         "Colour: from the lowest to the highest mean of each model; ★: the one that stands for it."
@@ -82,7 +82,7 @@ def distillations(study: Study) -> str:
         rows: dict[str, list[Dot]] = defaultdict(list)
         for entry in of:
             rows[entry["objective"]].append(_distilled_dot(entry, inits))
-        chart = dot_rows(list(rows.items()), f"{title(task)}, %")
+        chart = dot_rows(list(rows.items()), f"{study.decided(task)}, %")
         marks = f'<p class="legend">Student starts from teacher layers {legend}</p>'
         parts.append(
             f'<div{when(distilled=n)}><section class="card"><h3>{escape(title(task))}</h3>{marks}'

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 
-from finetune.page.data import ABSENT, Study, percent, times, title
+from finetune.page.data import ABSENT, Overall, Study, percent, times, title
 from potstill.chart_axis import short
 from potstill.charts import key
 from potstill.page_frame import Cell, Column, Row, table
@@ -25,7 +25,12 @@ def summary(study: Study) -> str:
 def _sentences(study: Study) -> Iterator[str]:
     overall = study.overall
     if overall is None:
-        yield "No model has finished a task yet: there is nothing to compare."
+        some = any(score["mean"] is not None for score in study.part("scores"))
+        yield (
+            "No task is finished by all models yet: nothing to compare them by."
+            if some
+            else "No model has finished a task yet: there is nothing to compare."
+        )
         return
     scored = {m: v for m in study.models if (v := overall.values.get(m)) is not None}
     students = {m: v for m, v in scored.items() if m != study.teacher}
@@ -117,8 +122,8 @@ def _difference(study: Study, best: str) -> Iterator[str]:
     found = f"on {len(real)} ({names})" if real else "on none"
     yield (
         f"Against the teacher it differs beyond chance (paired t-test over seeds, p &lt; {CHANCE}) "
-        f"<b>{escape(found)}</b> of {len(tested)} tested tasks; elsewhere no difference is shown, "
-        "which with few seeds is not the same as none."
+        f"<b>{escape(found)}</b> of {len(tested)} tested task{'s' * (len(tested) != 1)}; elsewhere "
+        "no difference is shown, which with few seeds is not the same as none."
     )
     for test in both:  # over all of the tasks at once
         if test["task"] not in study.tasks and test["p"] is not None:
@@ -147,7 +152,13 @@ def models_table(study: Study) -> str:
         )
         for n, model in enumerate(study.models)
     ]
-    return table(columns, rows, "Score, size and speed of every model", sortable=True)
+    board = table(columns, rows, "Score, size and speed of every model", sortable=True)
+    return board + (_what_score(study.overall) if study.overall else "")
+
+
+def _what_score(overall: Overall) -> str:
+    said = f"{overall.name}: {overall.definition}" if overall.definition else overall.name
+    return f'<p class="note">{escape(said)}</p>'
 
 
 def _figures(study: Study) -> dict[str, Callable[[str], Cell]]:
@@ -167,8 +178,9 @@ def _figures(study: Study) -> dict[str, Callable[[str], Cell]]:
         kind = study.latencies[0]
         return _ratio(study.latency(str(study.teacher), kind), study.latency(model, kind))
 
+    name = study.overall.name if study.overall else "score"
     score = {
-        study.overall.name if study.overall else "score": lambda model: _share(overall.get(model)),
+        f"{name}, %": lambda model: _share(overall.get(model)),
         "% of teacher's": lambda model: _share(_part(overall.get(model), overall, study.teacher)),
     }
     ratios = {"times smaller": lambda model: _ratio(size(str(study.teacher)), size(model))}
@@ -176,7 +188,7 @@ def _figures(study: Study) -> dict[str, Callable[[str], Cell]]:
         ratios["times faster"] = speedup
     plain = {
         "parameters": fact("parameters", 1, "{:,.0f}"),
-        **{f"ms ({kind})": latency(kind) for kind in study.latencies},
+        **{f"ms ({_unbroken(kind)})": latency(kind) for kind in study.latencies},
         "MB": fact("size_bytes", 1e6, "{:,.1f}"),
         "GFLOPs a row": fact("flops_per_row", 1e9, "{:,.2f}"),
         "pretraining FLOPs": lambda model: flops_cell(study.pretraining_flops(model)),
@@ -185,6 +197,11 @@ def _figures(study: Study) -> dict[str, Callable[[str], Cell]]:
         del score["% of teacher's"]
         ratios = {}
     return {**score, **ratios, **plain}
+
+
+def _unbroken(text: str) -> str:
+    """The text, which breaks into lines only behind its commas."""
+    return text.replace(" ", "\u00a0").replace(",\u00a0", ", ")
 
 
 def _part(

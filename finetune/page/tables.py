@@ -25,11 +25,11 @@ def scores(study: Study) -> str:
     averages = study.known_averages
     columns += [Column(f"average: {average['name']}", True) for average in averages]
     rows = [_score_row(study, model, headings, shown, averages) for model in study.models]
-    majority = {task["name"]: task.get("majority") for task in study.part("tasks")}
+    constant = {task["name"]: task.get("majorities") or {} for task in study.part("tasks")}
     foot = Row(
         ["always the commonest answer"]
         + [
-            Cell(percent(majority[t]) if m == study.main_metrics[t] else "", attributes=a)
+            Cell(percent(constant[t].get(m)), attributes=a)
             for (t, m), a in zip(headings, shown, strict=True)
         ]
         + [""] * len(averages)

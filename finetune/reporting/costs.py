@@ -1,7 +1,7 @@
 """What a model costs: parameters, size on disk, FLOPs of a row, and its latency on this machine.
 
-OUTPUT/costs.json keeps what was measured by the models' fingerprints, so that a second report on
-the same machine does not measure again.
+OUTPUT/costs.json keeps what was measured by the models' fingerprints, so that a second report of
+the same models on the same machine does not measure again.
 """
 
 import json
@@ -113,16 +113,16 @@ def costs(
 
 
 def _measured(models: Mapping[str, Path], path: Path, threads: int) -> dict[str, dict[str, float]]:
-    """Latencies by name, from `path` where they are there; new ones are added to it."""
+    """Latencies by name, from `path` if all are there; else all are timed, in turn, and kept."""
     keys = {name: fingerprint(folder) for name, folder in models.items()}
     here = machine(threads)
     stored = _read(path)
     known: dict[str, dict[str, float]] = stored["models"] if stored["machine"] == here else {}
-    missing = {key: models[name] for name, key in keys.items() if key not in known}
-    if missing:
+    if not known.keys() >= set(keys.values()):
         onnx = "" if has_onnx() else "; onnxruntime is missing (pip install -e .[report])"
-        say(f"timing {len(missing)} models with {threads} threads{onnx}")
-        known = {**known, **latencies(missing, threads)}
+        folders = {key: models[name] for name, key in keys.items()}
+        say(f"timing {len(folders)} models with {threads} threads{onnx}")
+        known = {**known, **latencies(folders, threads)}
         write_json(path, {"machine": here, "models": known})
     return {name: known[key] for name, key in keys.items()}
 

@@ -4,6 +4,8 @@ Scores are fractions. Of every model and task the best configuration of the grid
 """
 
 import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -18,6 +20,9 @@ from finetune.reporting.significance import paired_tests
 from finetune.results import INTERMEDIATE
 from potstill.errors import InputError
 from pretrain.environment import describe_environment
+
+PRIVATE = ("command", "machine", "ranks")  # of an environment; a report is made by one process
+ABSOLUTE = re.compile(r"(?<![\w./])/(?:[^\s/:,;'\"()]+/)+")  # the folders before a file's name
 
 Report = dict[str, Any]
 
@@ -62,14 +67,26 @@ def build(
         "curves": [curve(trial) for cell in best for trial in cell.trials],
         "papers": paper_rows(),
         "distillations": [entry for cell in best for entry in distillation(cell)],
-        "failed": [entry for folder in folders for entry in read_failed(folder)],
+        "failed": [failure(entry) for folder in folders for entry in read_failed(folder)],
     }
 
 
 def machine() -> dict[str, Any]:
-    """What ran here, without the command: a page goes to others, its folders' names need not."""
+    """What ran here, without command and host name: a page goes to others, those need not."""
     known = describe_environment(world_size=1)
-    return {name: value for name, value in known.items() if name != "command"}
+    return {name: value for name, value in known.items() if name not in PRIVATE}
+
+
+def failure(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial that was given up; its reason names files, but not the folders of this machine."""
+    return {**entry, "reason": without_folders(str(entry["reason"]))}
+
+
+def without_folders(text: str) -> str:
+    """A text with every absolute path cut down to its last name."""
+    return (
+        Path(text).name if os.path.isabs(text) and text.count(":") == 0 else ABSOLUTE.sub("", text)
+    )
 
 
 def scores_of(cell: Best) -> list[dict[str, Any]]:
@@ -135,7 +152,8 @@ def pretraining(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if not facts or "distillation" in result:
         return None
     flops = facts.get("FLOPs") or run_flops(Path(result["model"]), facts.get("steps"))
-    return {"flops": flops, **facts}
+    named = {n: without_folders(v) if isinstance(v, str) else v for n, v in facts.items()}
+    return {"flops": flops, **named}
 
 
 def run_flops(student: Path, steps: int | None) -> float | None:

@@ -40,7 +40,8 @@ def notes(folders: Sequence[Path], trials: Sequence[Trial], best: Sequence[Best]
 
 def _unfinished(folders: Sequence[Path], trials: Sequence[Trial]) -> list[str]:
     return [
-        f"{folder.name}: the grid is not finished; {_inside(folder, trials)} trials are in."
+        f"The grid in {folder.resolve().name} is not finished: {_inside(folder, trials)} trials "
+        "are in."
         for folder in folders
         if is_grid(folder) and not (folder / "results.json").exists()
     ]
@@ -66,7 +67,7 @@ def _started(folders: Sequence[Path], best: Sequence[Best]) -> list[str]:
         start = read_grid(folder).get("start_from_task")
         inside = {c.task for c in best if c.trials[0].folder.is_relative_to(folder)}
         found += [
-            f"{folder.name}, {task}: every model started from itself tuned on {start}."
+            f"{folder.resolve().name}, {task}: every model started from itself tuned on {start}."
             for task in sorted(inside)
             if is_started(start, task)
         ]
@@ -114,6 +115,6 @@ def test_notes(compared: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Paired t-tests: two-sided, over the scores of equal seeds at each model's best "
         f"configuration ({ALL_TASKS}: of equal tasks and seeds, by the main metrics), not "
         f"corrected for their number, nor for the choice of configurations by these very scores. "
-        f"Of {len(done)} tests {below} have "
+        f"Of {len(done)} test{'s' * (len(done) != 1)} {below} have "
         f"p < {SIGNIFICANT}; without any difference about {SIGNIFICANT * len(done):.1f} would."
     ]

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FREE = {  # what differs between trials that can be compared: the grid, and wher
     *("accumulation", "save_model", "tokenised", "teacher", "student", "teacher_features"),
 }
 OF_ROWS = ("data_sha256", "max_train_rows", "max_validation_rows")
+NEEDED = ("model", "parameters", "rows", "epochs", "majority")  # of a result, besides its scores
 
 Configuration = tuple[float, int, int]  # learning rate, batch size, epochs
 
@@ -155,7 +156,9 @@ def _models(folder: Path) -> dict[str, str]:
             "the --output of finetune/grid.py or finetune/run.py"
         )
     try:
-        return {_run_name(result): str(result["settings"]["model_sha256"])}
+        sha256 = str(result["settings"]["model_sha256"])
+        # every task has a teacher of its own; that of one task is compared with its settings
+        return {_run_name(result): "distilled" if "distillation" in result else sha256}
     except (KeyError, TypeError) as error:
         raise _foreign(folder, error) from error
 
@@ -205,6 +208,8 @@ def _trial(folder: Path, result: dict[str, Any], name: str | None) -> Trial:
             folder=folder,
         )
         trial.score()
+        if missing := [needed for needed in NEEDED if needed not in result]:
+            raise KeyError(*missing)
     except (KeyError, TypeError, ValueError) as error:
         raise _foreign(folder, error) from error
     return trial
@@ -212,29 +217,46 @@ def _trial(folder: Path, result: dict[str, Any], name: str | None) -> Trial:
 
 def _check_one_kind(trials: Sequence[Trial]) -> None:
     """Refuse to mix: trials of one task share its rows, those of one model all but the grid."""
-    of_task: dict[str, Trial] = {}
-    of_model: dict[tuple[str, str, int], Trial] = {}
+    first: dict[tuple[Any, ...], Trial] = {}
     seen: dict[tuple[Any, ...], Trial] = {}
     for trial in trials:
-        _check_same(of_task.setdefault(trial.task, trial), trial, OF_ROWS)
-        names = {*trial.result["settings"]} - FREE
+        one = trial.task, trial.model
+        _check_same(first.setdefault(one[:1], trial), trial, _of_rows)
+        _check_same(first.setdefault(one, trial), trial, _of_recipe)
         # a start from another task's model may be one model for each seed
-        one = of_model.setdefault((trial.task, trial.model, trial.seed), trial)
-        _check_same(one, trial, sorted(names))
-        twin = seen.setdefault((trial.task, trial.model, *_key(trial)), trial)
+        _check_same(first.setdefault((*one, trial.seed), trial), trial, _of_model)
+        twin = seen.setdefault((*one, *_key(trial)), trial)
         if twin is not trial:
             raise InputError(
                 f"{trial.folder}: the same trial as {twin.folder}; give one of the two folders"
             )
 
 
-def _check_same(one: Trial, other: Trial, names: Sequence[str]) -> None:
-    for name in names:
-        here, there = other.result["settings"].get(name), one.result["settings"].get(name)
-        if here != there:
+def _of_rows(trial: Trial) -> dict[str, Any]:
+    return {name: trial.result["settings"].get(name) for name in OF_ROWS}
+
+
+def _of_model(trial: Trial) -> dict[str, Any]:
+    return {"model_sha256": trial.result["settings"].get("model_sha256")}
+
+
+def _of_recipe(trial: Trial) -> dict[str, Any]:
+    """What all of a model's trials on a task share."""
+    settings = trial.result["settings"]
+    free = FREE if "distillation" in trial.result else {*FREE, "model_sha256"}
+    if settings.get("intermediate_epochs") == trial.epochs:
+        free = {*free, "intermediate_epochs"}  # as many as of stage 2, which a grid varies
+    return {name: value for name, value in settings.items() if name not in free}
+
+
+def _check_same(one: Trial, other: Trial, part: Callable[[Trial], dict[str, Any]]) -> None:
+    """Refuse two trials of which a part of the settings differs."""
+    there, here = part(one), part(other)
+    for name in sorted({*there, *here}):
+        if here.get(name) != there.get(name):
             raise InputError(
-                f"{other.folder}: {name} is {here!r} there and {there!r} in {one.folder}, so that "
-                "their scores cannot be compared; report them apart"
+                f"{other.folder}: {name} is {here.get(name)!r} there and {there.get(name)!r} in "
+                f"{one.folder}, so that their scores cannot be compared; report them apart"
             )
 
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from finetune.reporting.latency import NO_ONNX
+from potstill.chart_axis import short
 
 Report = Mapping[str, Any]
 ABSENT = "–"
@@ -15,10 +16,9 @@ COLUMNS = ("task", "metric", "model", "lr", "batch_size", "epochs", "train_rows"
 
 def markdown(report: Report) -> str:
     """All tables of a report; scores in per cent."""
-    machine = report["environment"]
     parts = [
         f"# {cell(report['title'])}",
-        f"{report['date']}, {cell(machine.get('cpu') or machine.get('platform'))}.",
+        _made(report),
         "\n".join(f"- {cell(note)}" for note in report["notes"]),
         "## Best of grid\n\n" + scores_table(report),
         "## All metrics\n\n" + metrics_table(report),
@@ -30,6 +30,16 @@ def markdown(report: Report) -> str:
         *failed_table(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _made(report: Report) -> str:
+    """When and where the report was made: date, machine, versions and commit."""
+    here = report["environment"]
+    versions = here.get("packages", {})
+    parts = [report["date"], here.get("cpu") or here.get("platform"), here.get("gpu")]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    parts += [f"commit {here['commit']}"] if here.get("commit") else []
+    return f"Made {', '.join(cell(part) for part in parts if part)}."
 
 
 def cell(value: object) -> str:
@@ -92,7 +102,7 @@ def metrics_table(report: Report) -> str:
             cell(score["model"]),
             percent(score["mean"], score["std"]),
             percent(majorities[score["task"]].get(score["metric"])),
-            f"{score['lr']:g}",
+            short(score["lr"]),
             str(score["batch_size"]),
             str(score["epochs"]),
             str(len(score["values"])),

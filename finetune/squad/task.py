@@ -188,7 +188,8 @@ def read_questions(
         if row["id"] in seen:
             raise InputError(f"{where}: row {number} has the id {row['id']!r} of an earlier row")
         seen.add(row["id"])
-    texts = [(row["id"], row["question"], row["context"]) for row in rows]
+    # SQuAD has a question behind thousands of blanks, each a token of byte-level vocabularies
+    texts = [(row["id"], row["question"].strip(), row["context"]) for row in rows]
     if not answered:
         return [Question(*text) for text in texts]
     return [
