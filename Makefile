@@ -81,6 +81,7 @@ bench: $(VENV)/.test-installed
 	python benchmarks/grid_study.py --output "$(RUNS)/grid" \
 		--model uniform="$(RUNS)/real/att-mse-uniform/student" \
 		--model random="$(RUNS)/real/att-mse-random/student"
+	python benchmarks/page_screenshot.py --report benchmarks/results/grid-study.json
 	python benchmarks/task_specific_study.py --output "$(RUNS)/task-specific"
 	python benchmarks/grid_overhead.py --output "$(RUNS)/grid-overhead"
 	python benchmarks/grid_chaos.py --kills 20 --kinds driver,group --output "$(RUNS)/grid-chaos"

@@ -6,15 +6,18 @@
 
 Two learning rates, three seeds, evenly spaced rows of each task: what two cores do in about an
 hour. The same command goes on where it was stopped. The tables go to benchmarks/results/, the page
-to docs/report.html.
+to docs/report.html; benchmarks/page_screenshot.py makes pictures of it.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from common import DATA, RESULTS, ROOT, execute, packaged_teacher
+
+from finetune.reporting.tables import costs_table, scores_table
 
 TASKS = "cola,mrpc,rte,stsb,sst2"
 PAGE = ROOT / "docs" / "report.html"
@@ -41,6 +44,9 @@ def write_page(grid: Path, chosen: argparse.Namespace) -> None:
     for suffix in ("json", "md", "csv"):
         shutil.copyfile(report / f"report.{suffix}", RESULTS / f"grid-study.{suffix}")
     shutil.copyfile(report / "report.html", PAGE)
+    content = json.loads((report / "report.json").read_text())
+    for part, made in (("scores", scores_table), ("costs", costs_table)):
+        (RESULTS / f"grid-study-{part}.md").write_text(made(content) + "\n")
 
 
 def main() -> None:

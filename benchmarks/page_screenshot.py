@@ -33,7 +33,7 @@ class Picture:
 
 
 PICTURES = (
-    Picture("report-light.png", 1280, 1420, "light"),
+    Picture("report-light.png", 1280, 1750, "light"),
     Picture("report-phone.png", 390, 1420, "dark"),
 )
 

@@ -53,11 +53,12 @@ def _inside(folder: Path, trials: Sequence[Trial]) -> int:
 
 def _fewer_rows(best: Sequence[Best]) -> list[str]:
     rows = {cell.task: cell.trials[0].result["rows"]["train"] for cell in best}
-    return [
-        f"{task}: trained on {count:,} of {FULL_TRAIN_ROWS[task]:,} rows."
+    fewer = [
+        f"{task} {count:,} of {FULL_TRAIN_ROWS[task]:,}"
         for task, count in rows.items()
         if count < FULL_TRAIN_ROWS.get(task, 0)
     ]
+    return [f"Trained on fewer rows than there are: {', '.join(fewer)}."] if fewer else []
 
 
 def _started(folders: Sequence[Path], best: Sequence[Best]) -> list[str]:

@@ -140,7 +140,7 @@ def test_fewer_rows_seeds_and_other_starts_are_said(grid: Path, report: Reporter
     write_grid(grid, ["big", "small"], start_from_task="mnli")
     write_trial(grid, "big", result("cola", {"mcc": 0.2}))
     notes = report(grid)["notes"]
-    assert "rte: trained on 2,000 of 2,490 rows." in notes
+    assert "Trained on fewer rows than there are: rte 2,000 of 2,490." in notes
     assert "cola, big: 1 of 3 seeds." in notes
     assert "grid, rte: every model started from itself tuned on mnli." in notes
     assert not any("cola: every model started" in note for note in notes)
@@ -151,10 +151,16 @@ def test_an_unfinished_grid_and_failed_trials_are_reported(grid: Path, report: R
     failed = grid / "trials/rte/big/8e-5-16-2-0/failed.json"
     write_json(failed, {"reason": "out of | memory", "attempts": 3})
     found = report(grid)
-    assert "grid: the grid is not finished; 18 trials are in." in found["notes"]
+    assert "The grid in grid is not finished: 18 trials are in." in found["notes"]
     (entry,) = found["failed"]
     assert entry["configuration"] == "8e-5-16-2-0"
     assert "out of \\| memory" in (grid.parent / "report/report.md").read_text()
+
+
+def test_a_folder_given_twice_is_reported_once(grid: Path, report: Reporter) -> None:
+    failed = grid / "trials/rte/big/8e-5-16-2-0/failed.json"
+    write_json(failed, {"reason": "out of memory", "attempts": 3})
+    assert len(report(grid, f"{grid}/")["failed"]) == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"attempts": 3}'])
@@ -240,8 +246,9 @@ def test_pretraining_comes_with_its_tokens_and_flops(tmp_path: Path, report: Rep
     (student.parent / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    facts = {"objective": "att-mse", "steps": 20, "tokens": 2560}
-    made = result("rte", {"accuracy": 0.5}, potstill=facts) | {"model": str(student)}
+    facts = {"objective": "att-mse", "steps": 20, "tokens": 2560, "teacher": "the teacher"}
+    there = facts | {"teacher": "/models/of mine/the teacher"}
+    made = result("rte", {"accuracy": 0.5}, potstill=there) | {"model": str(student)}
     write_json(tmp_path / "run/result.json", made)
     (model,) = report(tmp_path / "run")["models"]
     assert model["name"] == "distilled"
@@ -336,7 +343,11 @@ def test_a_report_that_goes_to_others_names_no_folder_of_this_machine(
     grid: Path, report: Reporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["finetune/report.py", str(grid)])
-    report(grid)
+    failed = grid / "trials/rte/big/8e-5-16-2-0/failed.json"
+    write_json(failed, {"reason": f"{grid}/tokenised/rte.bin: no room", "attempts": 3})
+    found = report(grid)
+    assert found["failed"][0]["reason"] == "rte.bin: no room"
+    assert "machine" not in found["environment"]  # the host's name
     pages = [path for path in tmp_path.rglob("report.*") if path.is_file()]
     assert len(pages) == 4
     for page in pages:
