@@ -1,17 +1,18 @@
 """What end-to-end tests share: tiny shards, teachers and ds_configs, and starting the trainer.
 
-`runs(...)` starts several runs of the trainer behind one another in one start of the launcher,
-since a start takes longer than twenty steps of a tiny model.
+`runs(...)` does several runs of the trainer behind one another on the same ranks, which are forked
+from one process, since a start takes longer than twenty steps of a tiny model.
 """
 
 import dataclasses
 import json
 import os
 import pydoc_data.topics
+import re
 import shutil
 import socket
-import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from data_prep.shard_format import (
     write_manifest,
 )
 from potstill.files import sha256_of
+from tests.forked import Ended, Job, forked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "pretrain" / "run.py"
@@ -165,27 +167,26 @@ def command(ranks: int | None, program: Path = PROGRAM) -> list[str]:
     return [launcher, "--num_gpus", str(ranks), "--master_port", str(port), str(program)]
 
 
-def start(
-    materials: Materials, ranks: int | None, arguments: list[str], program: Path = PROGRAM
-) -> subprocess.CompletedProcess[str]:
-    """Run the trainer as a user does and wait for it."""
-    return subprocess.run(
-        [*command(ranks, program), *arguments],
-        env=environment(materials.folder),
-        capture_output=True,
-        text=True,
-        timeout=START_LIMIT,
-        cwd=materials.folder,
-    )
+def runs(
+    materials: Materials, name: str, *groups: tuple[int, Sequence[list[str] | str]]
+) -> list[Ended]:
+    """Do groups of runs: each on so many ranks (0: one rank that is told of no others), in turn.
+
+    A group is what `several_runs.py` does in one start: argument lists, and shell commands.
+    """
+    jobs = []
+    for number, (ranks, items) in enumerate(groups):
+        path = materials.folder / f"{name}-{number}.json"
+        path.write_text(json.dumps(items))
+        jobs.append(Job(str(SEVERAL), ranks, [str(path)]))
+    place = materials.folder / f"{name}-forked"
+    return forked(place, jobs, environment(materials.folder), materials.folder)
 
 
-def runs(materials: Materials, ranks: int | None, several: list[list[str]], name: str) -> str:
-    """Start the launcher once and let it do several runs behind one another; its output."""
-    path = materials.folder / f"{name}.json"
-    path.write_text(json.dumps(several))
-    done = start(materials, ranks, [str(path)], SEVERAL)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+def by_run(printed: str) -> list[tuple[int, str]]:
+    """Status and text of each of several runs, of what one start printed to a stream."""
+    pieces = re.split(r"^ended with (\d+)$", printed, flags=re.MULTILINE)
+    return [(int(n), text) for text, n in zip(pieces[::2], pieces[1::2], strict=False)]
 
 
 def metrics(run: Path, kind: str) -> list[dict[str, Any]]:

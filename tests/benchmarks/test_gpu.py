@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partialmethod
+from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,23 +29,35 @@ CPU = torch.device("cpu")
 SETTING = Setting(Learning(gpu.TINY), 2, 16, CPU)
 
 
-def climb(folder: Path, *flags: str) -> tuple[str, dict[str, Any]]:
-    """What the program prints and writes, in a Python that has no DeepSpeed."""
+@pytest.fixture(scope="module", autouse=True)
+def no_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All rungs here are forked from one server, since it imports for seconds: a Python that has
+    no DeepSpeed, but this module and so all of the program."""
+    folder = tmp_path_factory.mktemp("path")
     (folder / "deepspeed.py").write_text("raise ImportError('no DeepSpeed on this machine')\n")
-    command = [sys.executable, str(Path(gpu.__file__)), "--device", "cpu", "--small"]
-    done = subprocess.run(
-        [*command, "--json", str(folder / "gpu.json"), *flags],
-        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads((folder / "gpu.json").read_text())
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another module's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.syspath_prepend(folder)
+        yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
-def test_the_ladder_runs_without_deepspeed_and_says_what_it_cannot_do(tmp_path: Path) -> None:
-    printed, figures = climb(tmp_path, "--skip", "compile")
+def imported(name: str) -> dict[str, bool]:
+    """Import a module."""
+    return {name: bool(import_module(name))}
+
+
+def test_the_ladder_runs_without_deepspeed_and_says_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "ImportError: no DeepSpeed on this machine"
+    assert isolated(60, imported, "deepspeed") == {"reason": reason}
+    flags = ["--device", "cpu", "--small", "--skip", "compile"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags, "--json", str(tmp_path / "gpu.json")])
+    gpu.main()
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "gpu.json").read_text())
     first = [row for row in figures["rungs"] if row["objective"] == "att-mse"]
     assert [row["rung"] for row in first] == list(RUNGS)
     assert figures["rungs"][-1]["rung"] == gpu.LAST

@@ -66,10 +66,18 @@ def test_the_program_fills_its_tables_and_watches_real_processes(
     tokenizer = load_tokenizer(folder / "tokenizer")
     outputs = (tmp_path / str(number) for number in itertools.count())
 
+    watched: list[dict[str, float]] = []
+    watch = shards.Runner.memory
+
+    def once(runner: shards.Runner, path: Path, workers: int) -> dict[str, float]:
+        watched[:] = watched or [watch(runner, path, workers)]
+        return watched[0]
+
     def here(runner: object, name: str, path: Path, workers: int = 1) -> dict[str, float]:
         return text_pipelines.measure(name, path, tokenizer, next(outputs), workers)
 
     monkeypatch.setattr(shards.Runner, "figures", here)  # a process each takes long to import
+    monkeypatch.setattr(shards.Runner, "memory", once)
     names = ("ours", shards.RELEASED)
     monkeypatch.setattr(shards, "PIPELINES", {name: shards.PIPELINES[name] for name in names})
     flags = f"--input {text} --tokenizer {folder}/tokenizer --characters 60000 --turns 2"

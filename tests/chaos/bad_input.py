@@ -104,8 +104,8 @@ def run_processes(seed: int, count: int, folder: Path) -> Outcome:
     """The same cases as a user meets them: a process each, two at a time."""
     begin = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for program in PROGRAMS:  # what all cases share is made here, before the threads
-            beside = Name(program, -1)
+        for program in dict.fromkeys(name.program for name in names(count)):
+            beside = Name(program, -1)  # what cases share is made here, before the threads
             _build(beside, seed, _place(beside, folder))
 
     def attempt(name: Name) -> Done:

@@ -162,19 +162,9 @@ class Chain:
 
     def _strike(self, started: Started, run: Path, blow: Blow, before: Seen) -> Struck | None:
         """Wait for the blow's moment, let it fall and wait for the end; None: it ended before."""
-        old, usual = half_written(run), unbroken(self.setup, self.folder).first_step_seconds
+        usual = unbroken(self.setup, self.folder).first_step_seconds
         start_seconds = usual * (LAUNCHED if self.setup.launcher else 1)
-        if not await_moment(started, run, blow, start_seconds):
-            return None
-        at = Seen.of(run)
-        hit = started.send(blow.number, blow.target, blow.rank)
-        deaf = start_seconds if blow.aim == "start" else 0.0  # ranks that import hear of nothing
-        seconds = started.wait_ended(self.part.limit + deaf)
-        statuses = started.statuses()
-        started.end()
-        new = len(half_written(run) - old)
-        memory = started.remove_memory()
-        return Struck(blow, hit, before, at, Seen.of(run), new, memory, seconds, statuses)
+        return strike(started, run, blow, before, self.part.limit, start_seconds)
 
     def _check_end(self, started: Started, run: Path, before: Seen, cases: list[int]) -> None:
         """A run that nobody struck any more: status 0, and bitwise the unbroken run."""
@@ -199,6 +189,28 @@ class Chain:
         words = arguments(self.setup, materials_beside(self.folder), run)
         how = f"{self.setup.ranks} ranks{' of deepspeed' if self.setup.launcher else ''}"
         return f"{line} | {how}: {shlex.join(words)} | {started.log}: {started.tail()}"
+
+
+def strike(
+    started: Started, run: Path, blow: Blow, before: Seen, limit: float, start_seconds: float = 0.0
+) -> Struck | None:
+    """Wait for a blow's moment, let it fall and wait for the end; None: the run ended before.
+
+    Args:
+        limit: seconds within which all must have ended. start_seconds: until a run's first step.
+    """
+    old = half_written(run)
+    if not await_moment(started, run, blow, start_seconds):
+        return None
+    at = Seen.of(run)
+    hit = started.send(blow.number, blow.target, blow.rank)
+    deaf = start_seconds if blow.aim == "start" else 0.0  # ranks that import hear of nothing
+    seconds = started.wait_ended(limit + deaf)
+    statuses = started.statuses()
+    started.end()
+    new = len(half_written(run) - old)
+    memory = started.remove_memory()
+    return Struck(blow, hit, before, at, Seen.of(run), new, memory, seconds, statuses)
 
 
 def resumed_wrong(before: Seen, after: Seen) -> list[str]:

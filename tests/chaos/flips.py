@@ -15,7 +15,7 @@ from tests.chaos.shard_flips import flip_shards
 def run(seed: int, count: int, folder: Path) -> Outcome:
     """Flip so many bytes, half of them in a checkpoint, the others in shards."""
     half = count // 2
-    checkpoint = make_checkpoint(folder)
+    checkpoint = copy_checkpoint(unbroken(Setup(2, 1), folder).run, folder)
     failures, flipped = flip_checkpoint(seed, half, checkpoint)
     shards = folder / "shards"
     shards.mkdir()
@@ -27,9 +27,9 @@ def run(seed: int, count: int, folder: Path) -> Outcome:
     return Outcome("flips", count, count - len(failures), failures, details)
 
 
-def make_checkpoint(folder: Path) -> Path:
+def copy_checkpoint(run: Path, folder: Path) -> Path:
     """A copy of a real checkpoint, with projections and a memory, of a run that kills need too."""
-    newest = max(unbroken(Setup(2, 1), folder).run.glob("checkpoints/step-*"))
+    newest = max(run.glob("checkpoints/step-*"))
     return Path(shutil.copytree(newest, folder / "checkpoint" / newest.name))
 
 

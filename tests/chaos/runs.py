@@ -12,7 +12,15 @@ from typing import Any
 
 from potstill.files import read_sealed_json
 from tests.chaos.starts import Started, start_run
-from tests.launch import START_LIMIT, Materials, environment, flags, make_materials, write_ds_config
+from tests.launch import (
+    SEVERAL,
+    START_LIMIT,
+    Materials,
+    environment,
+    flags,
+    make_materials,
+    write_ds_config,
+)
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 120, 5, 6
 MARKERS = ",".join(f"0.{tenth}" for tenth in range(1, 10))
@@ -82,6 +90,16 @@ def start(setup: Setup, materials: Materials, run: Path, log: str, **changes: An
     words = arguments(setup, materials, run, **changes)
     place = environment(materials.folder)
     return start_run(words, setup.ranks, setup.launcher, place, run.parent / f"{log}.log")
+
+
+def start_several(
+    setup: Setup, materials: Materials, several: Sequence[list[str]], log: Path
+) -> Started:
+    """Start a setup's ranks once for runs behind one another; each with its flags."""
+    path = log.with_suffix(".json")
+    path.write_text(json.dumps(several))
+    place = environment(materials.folder)
+    return start_run([str(path)], setup.ranks, setup.launcher, place, log, SEVERAL)
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:

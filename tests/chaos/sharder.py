@@ -82,8 +82,9 @@ class Unbroken:
 def run(seed: int, count: int, folder: Path) -> Outcome:
     """Break and repeat so many runs, two at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {learned: _unbroken(folder, learned) for learned in (True, False)}
     trials = [draw_trial(seed, number) for number in range(count)]
+    kinds = (True, False) if not all(trial.learned for trial in trials) else (True,)
+    whole = {learned: _unbroken(folder, learned) for learned in kinds}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         done = pool.map(partial(_try, folder, whole), range(count), trials)
         found = list(progress(done, total=count, desc="sharder", unit="case"))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch import command
+from tests.launch import PROGRAM, command
 
 LAUNCH = "deepspeed.launcher.launch"  # launch.py, which `deepspeed` starts and which starts ranks
 LOOK_SECONDS = 0.05
@@ -151,10 +151,15 @@ def command_of(pid: int) -> list[str]:
 
 
 def start_run(
-    arguments: list[str], ranks: int, launcher: bool, environment: Mapping[str, str], log: Path
+    arguments: list[str],
+    ranks: int,
+    launcher: bool,
+    environment: Mapping[str, str],
+    log: Path,
+    program: Path = PROGRAM,
 ) -> Started:
     """Start the trainer on so many ranks, by DeepSpeed's launcher or each rank by itself."""
-    words = [*command(ranks if launcher else None), *arguments]
+    words = [*command(ranks if launcher else None, program), *arguments]
     if launcher:
         environments, port = [dict(environment)], words[words.index("--master_port") + 1]
     else:

@@ -1,6 +1,6 @@
 """The short form of the chaos program, each part with few cases, and whether it sees what it seeks.
 
-`python -m tests.chaos` does more.
+What happens to runs of the trainer is in test_runs.py; `python -m tests.chaos` does more of all.
 """
 
 import json
@@ -24,20 +24,15 @@ from tests.chaos.runs import Result, Seen, Setup, shares
 from tests.chaos.worlds import COMPARED, Tally, Walk, walks
 
 SHORT = {  # part: seed and count
-    "kills": (0, 1),  # of all processes, while a checkpoint is written
-    "preemptions": (0, 1),  # of one rank alone, while a student is exported
-    "worlds": (45, 1),  # 1 rank without ZeRO -> 2 ranks under ZeRO-3
-    "sharder": (0, 2),  # killed at a write; a full disk
-    "bad_input": (0, 80),
+    "sharder": (88, 2),  # killed at a write; a full disk
+    "bad_input": (0, 50),
     "bad_input_processes": (0, 2),  # of the sharder, of the trainer
-    "flips": (0, 60),  # in a checkpoint of the run that kills are compared with, and in shards
 }
 LAUNCHED, BARE = Setup(2, 1), Setup(2, 1, launcher=False)
 WHOLE = Result([(1, 0.5, 1.0), (2, 0.25, 1.0)], [(0, 1.0), (2, 0.5)], {"student": "ab"})
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.parametrize("part", SHORT)
 def test_nothing_is_lost(part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     seed, count = SHORT[part]
@@ -46,6 +41,7 @@ def test_nothing_is_lost(part: str, tmp_path_factory: pytest.TempPathFactory) ->
     outcome = part_of(part)(seed, count, folder)
     assert not outcome.failures, "\n".join(outcome.failures)
     assert (outcome.asked, outcome.passed) == (count, count)
+    assert outcome.details.get("ended before their end", count) == count, "nothing was broken"
 
 
 @pytest.mark.parametrize("part", [kills, preemptions])

@@ -19,13 +19,13 @@ from tests.chaos.common import Outcome
 from tests.chaos.runs import (
     Seen,
     Setup,
+    arguments,
     last_step,
     materials_beside,
     read_lines,
-    start,
 )
-from tests.chaos.starts import Started
-from tests.launch import START_LIMIT
+from tests.chaos.starts import Started, start_run
+from tests.launch import START_LIMIT, environment
 
 RANKS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 WALKS = (
@@ -106,7 +106,7 @@ class Walk:
         for number, cut in enumerate(self.cuts):
             before, started = Seen.of(self.changed), self._start(cut, "changed")
             last = number == len(self.cuts) - 1
-            ended = self._finish(started, "changed") if last else self._stop(started, before)
+            ended = self._finish(started, "changed") if last else self.stop(started, before)
             if faults := [*ended, *resumed_wrong(before, Seen.of(self.changed))]:
                 return faults
         return []
@@ -116,21 +116,26 @@ class Walk:
         """The folder of the run whose cuts change."""
         return self.place / "changed" / "run"
 
-    def _start(self, cut: Cut, name: str) -> Started:
-        setup = Setup(*cut, launcher=cut[0] > 1)
+    def words(self, cut: Cut, name: str) -> list[str]:
+        """The trainer's flags on a cut."""
         place = self.place / name  # two runs at once write a ds_config each
         place.mkdir(parents=True, exist_ok=True)
-        return start(
-            setup,
+        return arguments(
+            Setup(*cut, launcher=cut[0] > 1),
             materials_beside(self.folder),
             place / "run",
-            setup.name,
             dropout=0,
             lr=1e-3,
             max_steps=ROOM * len(self.cuts),
             save_every=0,
             finetune_markers=None,
         )
+
+    def _start(self, cut: Cut, name: str) -> Started:
+        words, setup = self.words(cut, name), Setup(*cut, launcher=cut[0] > 1)
+        log = self.place / name / f"{setup.name}.log"
+        place = environment(materials_beside(self.folder).folder)
+        return start_run(words, setup.ranks, setup.launcher, place, log)
 
     def _finish(self, started: Started, name: str) -> list[str]:
         """Wait for the end of a run."""
@@ -142,7 +147,7 @@ class Walk:
         finally:
             started.end()
 
-    def _stop(self, started: Started, before: Seen) -> list[str]:
+    def stop(self, started: Started, before: Seen) -> list[str]:
         """Stop a leg when it has taken its steps."""
         begin, run = time.monotonic(), self.changed
         try:

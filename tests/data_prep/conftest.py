@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard import parse, shard
+from data_prep.shard import main, parse, shard
 from data_prep.tokenization import train_tokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,6 +61,22 @@ def run_program(repository: Path) -> Run:
         return subprocess.run(
             command, cwd=repository, capture_output=True, text=True, env=quiet_environment()
         )
+
+    return run
+
+
+@pytest.fixture
+def run_main(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The same within this process, for what is the same there: a start takes seconds."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            main([*map(str, arguments)])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return run
 

@@ -1,4 +1,4 @@
-"""Bad input, through the real program: one line on stderr, exit status 2, nothing written."""
+"""Bad input of the sharder: one line on stderr, exit status 2, nothing written."""
 
 import gzip
 import json
@@ -85,47 +85,47 @@ def assert_one_line_error(done: object, message: str) -> None:
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_found_before_anything_is_loaded(
-    case: str, tmp_path: Path, run_program: Run
+    case: str, tmp_path: Path, run_main: Run
 ) -> None:
     make, message = BAD_INPUTS[case]
     bad = make(tmp_path)
     arguments = ("--tokenizer", "never-loaded", "--output", tmp_path / "out")
-    assert_one_line_error(run_program("--input", text_file(tmp_path), bad, *arguments), message)
+    assert_one_line_error(run_main("--input", text_file(tmp_path), bad, *arguments), message)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_path_is_named(tmp_path: Path, run_program: Run) -> None:
+def test_an_unreadable_path_is_named(tmp_path: Path, run_main: Run) -> None:
     path = text_file(tmp_path)
     path.chmod(0)
     arguments = ("--tokenizer", "never-loaded", "--output", tmp_path / "out")
-    assert_one_line_error(run_program("--input", path, *arguments), "fine.txt cannot be read")
+    assert_one_line_error(run_main("--input", path, *arguments), "fine.txt cannot be read")
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compression_cut_behind_the_head_is_named(
-    kind: str, corpus: Path, tokenizer_folder: Path, tmp_path: Path, run_program: Run
+    kind: str, corpus: Path, tokenizer_folder: Path, tmp_path: Path, run_main: Run
 ) -> None:
     compress = {"gz": gzip.compress, "zst": zstandard.compress}[kind]
     path = tmp_path / f"x.txt.{kind}"
     path.write_bytes(compress(corpus.read_bytes())[:-1000])
     arguments = ("--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--workers", 1)
-    done = run_program("--input", path, *arguments)
+    done = run_main("--input", path, *arguments)
     assert done.returncode == 2
     assert f"error: {path} is damaged or cut off" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 def test_output_inside_an_input_folder_and_the_reverse_are_refused(
-    tmp_path: Path, run_program: Run
+    tmp_path: Path, run_main: Run
 ) -> None:
     text_file(tmp_path)
     (tmp_path / "sub").mkdir()
     for output in (tmp_path, tmp_path / "sub" / "out"):
-        done = run_program("--input", tmp_path, "--tokenizer", "x", "--output", output)
+        done = run_main("--input", tmp_path, "--tokenizer", "x", "--output", output)
         assert_one_line_error(done, f"--output {output} lies inside the input {tmp_path}")
     folder = tmp_path / "sub"
-    done = run_program("--input", folder, "--tokenizer", "x", "--output", tmp_path)
+    done = run_main("--input", folder, "--tokenizer", "x", "--output", tmp_path)
     assert_one_line_error(done, f"the input {folder} lies inside --output {tmp_path}")
 
 
@@ -144,20 +144,20 @@ def test_output_inside_an_input_folder_and_the_reverse_are_refused(
         ("--output FOLDER --train_tokenizer 300", "is not empty (it holds fine.txt)"),
     ],
 )
-def test_bad_usage_is_named(flags: str, message: str, tmp_path: Path, run_program: Run) -> None:
+def test_bad_usage_is_named(flags: str, message: str, tmp_path: Path, run_main: Run) -> None:
     corpus = text_file(tmp_path)
     places = {"OUT": tmp_path / "out", "CORPUS": corpus, "FOLDER": tmp_path}
     arguments = [places.get(word, word) for word in flags.split()]
-    assert_one_line_error(run_program("--input", corpus, *arguments), message)
+    assert_one_line_error(run_main("--input", corpus, *arguments), message)
 
 
 def test_an_empty_corpus_is_refused_and_the_folder_can_be_used_again(
-    tmp_path: Path, run_program: Run, tokenizer_folder: Path, run_here: Callable[..., Path]
+    tmp_path: Path, run_main: Run, tokenizer_folder: Path, run_here: Callable[..., Path]
 ) -> None:
     path = tmp_path / "x.txt"
     path.write_text(" \n\n \n")
     arguments = ("--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--workers", 1)
-    done = run_program("--input", path, *arguments)
+    done = run_main("--input", path, *arguments)
     assert done.returncode == 2
     assert "x.txt; the corpus is empty" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -166,8 +166,8 @@ def test_an_empty_corpus_is_refused_and_the_folder_can_be_used_again(
 
 
 @pytest.mark.parametrize("command", ["--verify", "--info"])
-def test_a_folder_that_is_none_is_refused(command: str, tmp_path: Path, run_program: Run) -> None:
-    assert_one_line_error(run_program(command, tmp_path), "has no manifest.json")
+def test_a_folder_that_is_none_is_refused(command: str, tmp_path: Path, run_main: Run) -> None:
+    assert_one_line_error(run_main(command, tmp_path), "has no manifest.json")
 
 
 def test_verify_names_the_corrupted_file_and_info_tells_what_is_there(
@@ -185,16 +185,16 @@ def test_verify_names_the_corrupted_file_and_info_tells_what_is_there(
     assert_one_line_error(run_program("--verify", output), f"{shard.name} is corrupted")
 
 
-def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path, run_program: Run) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path, run_main: Run) -> None:
     pytest.importorskip("datasets", reason="the library that reads data sets")
     parquet(tmp_path, body=["text"])
     (tmp_path / "set").mkdir()
     (tmp_path / "x.parquet").rename(tmp_path / "set" / "train.parquet")
     arguments = ("--tokenizer", "x", "--output", tmp_path / "out")
-    done = run_program("--dataset", tmp_path / "set", *arguments)
+    done = run_main("--dataset", tmp_path / "set", *arguments)
     assert done.returncode == 2
     assert "has no column 'text', only body" in done.stderr.splitlines()[-1]
-    done = run_program("--dataset", tmp_path / "set", "--split", "test", *arguments)
+    done = run_main("--dataset", tmp_path / "set", "--split", "test", *arguments)
     assert done.returncode == 2
     assert "split test) cannot be loaded" in done.stderr.splitlines()[-1]
 

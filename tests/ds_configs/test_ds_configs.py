@@ -1,15 +1,14 @@
 """The ready configs: DeepSpeed takes each, and trains with each that this machine can run."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+
+from tests.forked import Job, forked
+from tests.launch import environment
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 CONFIGS = sorted(FOLDER.glob("*.json"))
@@ -53,37 +52,40 @@ def test_every_config_is_explained_and_listed(path: Path) -> None:
     assert f"[{path.stem}]({path.stem}.md)" in (FOLDER / "README.md").read_text()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What came of all configs on one rank, and of the CPU's on two: all in one start."""
+    folder = tmp_path_factory.mktemp("configs")
+    on_cpu = [path for path in CONFIGS if path not in ON_GPUS]
+    script = str(Path(__file__).with_name("take_steps.py"))
+    jobs = [
+        Job(script, ranks, smaller(paths, ranks, folder / str(ranks)))
+        for ranks, paths in ((1, RUN_ON_CPU), (2, on_cpu))
+    ]
+    done = forked(folder / "forked", jobs, environment(folder) | {"DS_ACCELERATOR": "cpu"})
+    assert [ended.statuses for ended in done] == [[0], [0, 0]], done[-1].errors[-3000:]
+    found = [re.search(r"RESULTS (\{.*\})", ended.output) for ended in done]
+    return [json.loads(one.group(1)) for one in found if one is not None]
 
 
-def train(paths: list[Path], ranks: int, folder: Path) -> dict:
-    """Train with each config under the launcher; the large batches of GPUs are made small."""
+def smaller(paths: list[Path], ranks: int, folder: Path) -> list[str]:
+    """Copies of configs; the large batches of GPUs are made small."""
+    folder.mkdir()
     for path in paths:
         sizes = {"train_batch_size": 4 * ranks, "train_micro_batch_size_per_gpu": 2}
         config = read(path) | (sizes if path in ON_GPUS else {})
         (folder / path.name).write_text(json.dumps(config))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    script = Path(__file__).with_name("take_steps.py")
-    command = [*launcher, "--master_port", str(free_port()), str(script)]
-    command += [str(folder / path.name) for path in paths]
-    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where ninja is
-    environment = {**os.environ, "PATH": tools, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    found = re.search(r"RESULTS (\{.*\})", done.stdout)
-    assert found, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(found.group(1))
+    return [str(folder / path.name) for path in paths]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_every_config_trains_as_plain_float32_does(tmp_path: Path) -> None:
-    results = train(RUN_ON_CPU, 1, tmp_path)
-    exact = results["cpu"]["losses"]
+def test_every_config_trains_as_plain_float32_does(results: list[dict]) -> None:
+    alone, _ = results
+    assert set(alone) == {path.stem for path in RUN_ON_CPU}
+    exact = alone["cpu"]["losses"]
     assert exact[0] > exact[1] > exact[2]
-    for name, result in results.items():
+    for name, result in alone.items():
         assert (result["steps"], result["skipped"]) == (3, 0), name
         # bf16 has 8 bits; the first steps of ZeRO-0 are up to a quarter shorter (zero0_bf16.md).
         tolerance = 0.1 if name == "zero0_bf16" else 0.03
@@ -92,11 +94,10 @@ def test_every_config_trains_as_plain_float32_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_cpu_configs_run_on_any_number_of_ranks(tmp_path: Path) -> None:
-    paths = [path for path in CONFIGS if path not in ON_GPUS]
-    results = train(paths, 2, tmp_path)
-    assert {name: result["global_batch"] for name, result in results.items()} == {
+def test_the_cpu_configs_run_on_any_number_of_ranks(results: list[dict]) -> None:
+    _, two = results
+    assert {name: result["global_batch"] for name, result in two.items()} == {
         "cpu": 2 * 16,
         "cpu_bf16": 2 * 4 * 16,
     }
-    assert all(result["steps"] == 3 for result in results.values())
+    assert all(result["steps"] == 3 for result in two.values())

@@ -1,5 +1,6 @@
 """The README's commands, taken from its text; only paths and the length of runs are put in."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,15 @@ import pytest
 from data_prep import shard
 from finetune.grids.settings import parse as parse_grid
 from pretrain.config import parse_config
-from tests.launch import Materials, command, environment, materials_fixture, write_teacher
+from tests.forked import Job, forked
+from tests.launch import (
+    SEVERAL,
+    Materials,
+    command,
+    environment,
+    materials_fixture,
+    write_teacher,
+)
 
 __all__ = ["materials_fixture"]  # pytest finds it by this name in the module
 
@@ -52,24 +61,24 @@ def test_the_first_own_run_of_the_readme_works_as_written(
     (workplace / "glue").symlink_to(real_data / "glue")
     written = [c for c in first_run(repository / "README.md") if "wikipedia" not in c]
     sharding, dry_run, fine_tuning, grid, report = written
+    own = environment(materials.folder) | {"CUDA_VISIBLE_DEVICES": ""}
     real_run = dry_run.replace(" --dry_run", "").replace("--max_steps 500", "--max_steps 3")
+    dry, real = (shlex.split(line) for line in (dry_run, real_run))
+    assert dry[:4] == real[:4] == ["deepspeed", "--num_gpus", "2", "pretrain/run.py"]
+    several = workplace / "runs.json"  # both in one start of the launcher
+    several.write_text(json.dumps([dry[4:], "test ! -e runs", real[4:]]))
+    launched = [*command(2, SEVERAL), str(several)]
+    for words in (shlex.split(sharding), launched):
+        done = subprocess.run(
+            words, cwd=workplace, env=own, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     short = f"{fine_tuning} --epochs 1 --max_train_rows 64 --max_validation_rows 32"
     small = f"{grid} --epochs 1 --max_train_rows 16 --max_validation_rows 8 --lr 3e-5 --seeds 1"
-    for line in (sharding, dry_run, real_run, short, small, report):
-        words = shlex.split(line)
-        if words[0] == "deepspeed":  # a port that no other test uses
-            words = [*command(2)[:5], *words[3:]]
-        done = subprocess.run(
-            words,
-            cwd=workplace,
-            env=environment(materials.folder) | {"CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        if line == dry_run:
-            assert not (workplace / "runs").exists()
+    lines = [shlex.split(line) for line in (short, f"{small} --workers 1", report)]
+    jobs = [Job(program, 0, given) for _, program, *given in lines]
+    for job, told in zip(jobs, forked(workplace / "forked", jobs, own, workplace), strict=True):
+        assert told.statuses == [0], f"{job}\n{told.output[-2000:]}{told.errors[-4000:]}"
     assert (workplace / "runs" / "first" / "student" / "model.safetensors").is_file()
     assert (workplace / "runs" / "first-rte" / "result.json").is_file()
     assert (workplace / "runs" / "first-grid" / "summary.md").is_file()

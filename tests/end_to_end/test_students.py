@@ -1,11 +1,10 @@
 """Several students in one run are each, bit by bit, the student that is trained alone.
 
-Two starts of two ranks do all runs, with those of an MLM head on a frozen encoder.
+One start of two ranks does all runs, with those of an MLM head on a frozen encoder.
 """
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import checkpoints_in
 from pretrain.models import UNTRAINED, load_config
-from tests.launch import (
-    SEVERAL,
-    Materials,
-    flags,
-    losses,
-    metrics,
-    start,
-    write_ds_config,
-)
+from tests.launch import Materials, by_run, flags, losses, metrics, runs, write_ds_config
 from tests.launch import materials_fixture as materials_fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -61,6 +52,8 @@ def folder(materials: Materials) -> Path:
     """Runs `together-STAGE`, `NAME-STAGE` alone, `diverging`, and what they printed.
 
     `head` is an MLM head on a frozen headless encoder, `taught` a student that learns from it.
+    `killed` is `diverging` as if killed while it saved its last checkpoints, and started again;
+    before it `together-0`, which is finished, is started again.
     """
     root = materials.folder / "students"
     root.mkdir()
@@ -78,13 +71,32 @@ def folder(materials: Materials) -> Path:
     )
     taught = dict(objective="kd", teacher=root / "head" / "student", student_layers=1)
     several.append(command_line(materials, root, "taught", 0, **(one | taught)))
-    diverging = command_line(materials, root, "diverging", 1, students=four)
-    (root / "runs.json").write_text(json.dumps([*several, diverging]))
-    done = start(materials, 2, [str(root / "runs.json")], SEVERAL)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-5000:]
-    (root / "printed").write_text(done.stdout)
-    (root / "errors").write_text(done.stderr)
+    several.append(command_line(materials, root, "together-0", 0, students=three))
+    several.append(command_line(materials, root, "diverging", 1, students=four))
+    killed = command_line(materials, root, "killed", 1, students=four)
+    (done,) = runs(materials, "students", (2, [*several, kill(root), killed]))
+    printed = by_run(done.output)
+    statuses = [status for status, _ in printed]
+    assert statuses == [0] * len(several[1:]) + [1, 1], done.output[-3000:] + done.errors[-5000:]
+    for name, part in (
+        ("", printed[:-2]),
+        ("-diverging", printed[-2:-1]),
+        ("-again", printed[-1:]),
+    ):
+        (root / f"printed{name}").write_text("".join(text for _, text in part))
+    (root / "errors").write_text(by_run(done.errors)[-2][1])
     return root
+
+
+def kill(root: Path) -> str:
+    """The shell command that makes `killed` of `diverging`."""
+    words = [f"cd '{root}'", "cp -r diverging killed"]
+    for number, student in enumerate(STUDENTS):
+        run = f"killed/students/{student}"
+        words.append(f"rm -r {run}/student")
+        if number != 1:  # this one had already saved
+            words.append(f"rm -r $(ls -d {run}/checkpoints/step-* | tail -n 1)")
+    return "\n".join(words)
 
 
 def member(run: Path, name: str) -> Path:
@@ -172,7 +184,7 @@ def test_a_diverging_student_stops_alone_and_is_named(folder: Path) -> None:
     assert not (run / "student").exists()
     error = next(e for e in (folder / "errors").read_text().splitlines() if e.startswith("error: "))
     assert "hopeless" in error and not any(name in error for name in STUDENTS)
-    assert "hopeless: stopped" in (folder / "printed").read_text()
+    assert "hopeless: stopped" in (folder / "printed-diverging").read_text()
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -180,47 +192,26 @@ def test_the_others_go_on_as_if_it_had_never_been_there(folder: Path, name: str)
     assert_same_run(member(folder / "diverging", name), folder / f"{name}-1")
 
 
-@pytest.fixture(scope="module")
-def resumed(materials: Materials, folder: Path) -> Path:
-    """`killed`: `diverging` as if killed while it saved its last checkpoints, and started again;
-    before it `together-0`, which is finished, started again."""
-    shutil.copytree(folder / "diverging", folder / "killed")
-    for number, student in enumerate(STUDENTS):
-        run = member(folder / "killed", student)
-        shutil.rmtree(run / "student")
-        if number != 1:  # this one had already saved
-            shutil.rmtree(max(run.glob("checkpoints/step-*")))
-    several = [
-        command_line(materials, folder, name, stage, students=folder / f"{file}.json")
-        for name, stage, file in (("together-0", 0, "three"), ("killed", 1, "four"))
-    ]
-    (folder / "resumed.json").write_text(json.dumps(several))
-    done = start(materials, 2, [str(folder / "resumed.json")], SEVERAL)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-5000:]
-    (folder / "printed-again").write_text(done.stdout)
-    return folder
-
-
 @pytest.mark.parametrize("name", STUDENTS)
-def test_resumed_students_are_bitwise_the_unbroken_ones(resumed: Path, name: str) -> None:
-    ours = member(resumed / "killed", name)
+def test_resumed_students_are_bitwise_the_unbroken_ones(folder: Path, name: str) -> None:
+    ours = member(folder / "killed", name)
     events = [line for line in metrics(ours, "event") if line["event"] == "resume"]
     assert [line["step"] for line in events] == [2 * SAVE_EVERY], "the newest common step"
-    assert_same_run(ours, resumed / f"{name}-1")
+    assert_same_run(ours, folder / f"{name}-1")
 
 
-def test_a_stopped_student_stays_stopped(resumed: Path) -> None:
+def test_a_stopped_student_stays_stopped(folder: Path) -> None:
     before, after = (
-        (member(resumed / run, "hopeless") / "metrics.jsonl").read_bytes()
+        (member(folder / run, "hopeless") / "metrics.jsonl").read_bytes()
         for run in ("diverging", "killed")
     )
     assert before == after
-    printed = (resumed / "printed-again").read_text()
+    printed = (folder / "printed-again").read_text()
     assert "stopped    hopeless, at step" in printed
 
 
-def test_a_finished_group_started_again_trains_nothing(resumed: Path) -> None:
-    assert (resumed / "printed-again").read_text().count("finished already") == len(STUDENTS)
+def test_a_finished_group_started_again_trains_nothing(folder: Path) -> None:
+    assert (folder / "printed").read_text().count("finished already") == len(STUDENTS)
 
 
 # --- an MLM head on a frozen encoder

@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from potstill.lock import hold
 from pretrain.checkpoint import RECORD, WEIGHTS, verify_checkpoint
 from pretrain.order import Order
 from tests.launch import (
-    PROGRAM,
     REPOSITORY,
     SEVERAL,
+    START_LIMIT,
     Materials,
+    by_run,
     environment,
     flags,
     losses,
     metrics,
-    start,
+    runs,
     write_ds_config,
 )
 from tests.launch import materials_fixture as materials_fixture
@@ -78,12 +79,11 @@ def folder(materials: Materials) -> Path:
     several = [run(f"Sound-{stage}", "Sound", stage) for stage in (0, 3)]
     several += [run(f"{fault}-{stage}", fault, stage) for fault in FAULTS for stage in STAGES]
     several += [run(f"Passing-{stage}", "Passing", stage) for stage in (0, 3)]
-    several.append(run("Lasting", "Lasting", 1))  # ends the start
-    (root / "runs.json").write_text(json.dumps(several))
-    done = start(materials, 2, [str(root / "runs.json")], SEVERAL)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-5000:]
-    (root / "printed").write_text(done.stdout)
-    (root / "errors").write_text(done.stderr)
+    several.append(run("Lasting", "Lasting", 1))
+    (done,) = runs(materials, "trouble", (2, several))
+    statuses = [status for status, _ in by_run(done.errors)]
+    assert statuses == [0] * len(several[1:]) + [1], done.output[-3000:] + done.errors[-5000:]
+    (root / "errors").write_text(done.errors)
     return root
 
 
@@ -160,33 +160,71 @@ def test_a_run_goes_back_once_and_then_stops(folder: Path) -> None:
     assert len(errors) == 1 and "nan" in errors[0] and "lower lr" in errors[0]
 
 
+# --- runs of one rank, behind one another in one start
+
+MOUNT = ("unshare", "-rm", "sh", "-c")
+ON_DISK = 'mount -t tmpfs -o size=1500k none "$1" || exit; shift; '
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, materials: Materials) -> Mapping[str, tuple[int, str]]:
+    """Status and errors by name: `early`, `early again`, `held`, `other weights` and, where one may
+    mount a disk, `full` and `enlarged`, whose folders are copied to `full` and `enlarged`."""
+    early = dict(early_stop_after=0.3, early_stop_loss=1e-6, validate_every=2)
+    for name in ("held", "other-weights"):
+        shutil.copytree(folder / "Sound-0", folder / name)
+        shutil.rmtree(folder / name / "student")
+    spoil_weights(folder / "other-weights")
+    several: dict[str, list[str]] = {
+        "early": again(materials, folder, "early", **early),
+        "early again": again(materials, folder, "early", **early),
+        "held": again(materials, folder, "held"),
+        "other weights": again(materials, folder, "other-weights"),
+    }
+    items: list[list[str] | str] = [*several.values()]
+    place, tool = folder / "small", list[str]()
+    place.mkdir()
+    trial = [*MOUNT, f"{ON_DISK}true", "sh", str(place)]
+    if not subprocess.run(trial, capture_output=True).returncode:
+        tool = [*MOUNT, f'{ON_DISK}exec "$@"', "sh", str(place)]
+        config = write_ds_config(folder / "one.json", 8)
+        given = dict(ds_config=config, objective="att-mse", keep_checkpoints=9)
+        words = again(materials, folder, "small/run", **given)
+        several |= {"full": words, "enlarged": words}
+        full, enlarged = (f"cp -a '{place}/run' '{folder}/{name}'" for name in ("full", "enlarged"))
+        items += [words, f"{full}; mount -o remount,size=64m '{place}'", words, enlarged]
+    (folder / "alone.json").write_text(json.dumps(items))
+    with hold(folder / "held" / ".lock", "held by the test"):
+        done = subprocess.run(
+            [*tool, sys.executable, str(SEVERAL), str(folder / "alone.json")],
+            env=environment(materials.folder),
+            cwd=materials.folder,
+            capture_output=True,
+            text=True,
+            timeout=START_LIMIT,
+        )
+    ended = by_run(done.stderr)
+    assert len(ended) == len(several) and "Traceback" not in done.stderr, done.stderr[-5000:]
+    return dict(zip(several, ended, strict=True))
+
+
 def test_a_run_that_learns_too_little_by_its_time_stops_with_a_checkpoint(
-    folder: Path, materials: Materials
+    folder: Path, alone: Mapping[str, tuple[int, str]]
 ) -> None:
-    line = again(
-        materials, folder, "early", early_stop_after=0.3, early_stop_loss=1e-6, validate_every=2
-    )
-    for _ in range(2):  # started again it says so again, and trains no further
-        done = start(materials, None, line)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "--early_stop_loss 1e-06" in done.stderr
-        assert len(losses(folder / "early")) == 6, "the first validation behind 30 % of 16 steps"
-        newest = max((folder / "early" / "checkpoints").glob("step-*"))
-        assert verify_checkpoint(newest).progress.step == 6
+    for start_ in ("early", "early again"):  # the second trains no further
+        status, errors = alone[start_]
+        assert status == 1 and "--early_stop_loss 1e-06" in errors
+    assert len(losses(folder / "early")) == 6, "the first validation behind 30 % of 16 steps"
+    newest = max((folder / "early" / "checkpoints").glob("step-*"))
+    assert verify_checkpoint(newest).progress.step == 6
 
 
 # --- checkpoints and folders
 
 
-def test_a_state_that_is_not_the_runs_own_is_noticed_by_its_loss(
-    folder: Path, materials: Materials
-) -> None:
-    """Whole by its checksums, and other weights: only the probe can tell."""
-    root = folder / "other-weights"
-    shutil.copytree(folder / "Sound-0", root)
-    shutil.rmtree(root / "student")
-    newest = max((root / "checkpoints").glob("step-*"))
-    shutil.rmtree(newest)
+def spoil_weights(root: Path) -> None:
+    """Make a run's newest checkpoint but one its newest, of other weights; whole by checksums."""
+    shutil.rmtree(max((root / "checkpoints").glob("step-*")))
     newest = max((root / "checkpoints").glob("step-*"))
     weights = load_file(newest / WEIGHTS)
     save_file({name: w * 0.5 if w.ndim > 1 else w for name, w in weights.items()}, newest / WEIGHTS)
@@ -194,10 +232,6 @@ def test_a_state_that_is_not_the_runs_own_is_noticed_by_its_loss(
     record["files"][WEIGHTS]["sha256"] = sha256_of(newest / WEIGHTS)
     record["files"][WEIGHTS]["bytes"] = (newest / WEIGHTS).stat().st_size
     write_sealed_json(newest / RECORD, record)
-    before = (root / "metrics.jsonl").read_bytes()
-    done = start(materials, None, again(materials, folder, root.name))
-    assert done.returncode == 1 and "probe" in done.stderr and "Traceback" not in done.stderr
-    assert (newest / WEIGHTS).exists() and len(before) > 0
 
 
 def again(materials: Materials, folder: Path, name: str, **given: Any) -> list[str]:
@@ -208,49 +242,44 @@ def again(materials: Materials, folder: Path, name: str, **given: Any) -> list[s
     )
 
 
-def test_a_second_run_on_the_same_folder_is_refused(folder: Path, materials: Materials) -> None:
-    root = folder / "held"
-    shutil.copytree(folder / "Sound-0", root)
-    shutil.rmtree(root / "student")
-    before = (root / "metrics.jsonl").read_bytes()
-    with hold(root / ".lock", "held by the test"):
-        done = start(materials, None, again(materials, folder, root.name))
-    assert done.returncode == 2 and "another run trains into this folder" in done.stderr
-    assert (root / "metrics.jsonl").read_bytes() == before
+def test_a_state_that_is_not_the_runs_own_is_noticed_by_its_loss(
+    folder: Path, alone: Mapping[str, tuple[int, str]]
+) -> None:
+    """Whole by its checksums, and other weights: only the probe can tell."""
+    status, errors = alone["other weights"]
+    assert status == 1 and "probe" in errors
+    assert verify_checkpoint(max((folder / "other-weights" / "checkpoints").glob("step-*")))
+
+
+def test_a_second_run_on_the_same_folder_is_refused(
+    folder: Path, alone: Mapping[str, tuple[int, str]]
+) -> None:
+    status, errors = alone["held"]
+    assert status == 2 and "another run trains into this folder" in errors
+    ours, before = ((folder / run / "metrics.jsonl").read_bytes() for run in ("held", "Sound-0"))
+    assert ours == before
 
 
 def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(
-    folder: Path, materials: Materials
+    folder: Path, alone: Mapping[str, tuple[int, str]]
 ) -> None:
-    place, saved = folder / "small", folder / "small-saved"
-    place.mkdir()
-    config = write_ds_config(folder / "one.json", 8)
-    line = again(
-        materials, folder, "small/run", ds_config=config, objective="att-mse", keep_checkpoints=9
-    )
-    inside = (
-        'mount -t tmpfs -o size=1500k none "$1"; cd "$1"; saved="$2"; shift 2; '
-        '"$@"; status=$?; cp -a run "$saved"; exit $status'
-    )
-    tool = ["unshare", "-rm", "sh", "-c", inside, "sh", str(place), str(saved)]
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)]).returncode:
+    if "full" not in alone:
         pytest.skip("this machine gives no user a file system of its own")
-    done = subprocess.run(
-        [*tool, sys.executable, str(PROGRAM), *line],
-        env=environment(materials.folder),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert len(errors) == 1 and "No space left on device" in errors[0]
-    assert "Traceback" not in done.stderr
-    checkpoints = sorted((saved / "checkpoints").glob("step-*"))
+    status, printed = alone["full"]
+    errors = [x for x in printed.splitlines() if x.startswith("error: ")]
+    assert status == 1 and len(errors) == 1 and "No space left on device" in errors[0]
+    checkpoints = sorted((folder / "full" / "checkpoints").glob("step-*"))
     assert checkpoints and all(verify_checkpoint(path) for path in checkpoints)
-    shutil.copytree(saved, folder / "enough" / "run")
-    line = again(
-        materials, folder, "enough/run", ds_config=config, objective="att-mse", keep_checkpoints=9
-    )
-    done = start(materials, None, line)
-    assert done.returncode == 0, done.stderr
-    assert len(losses(folder / "enough" / "run")) == STEPS
+    assert not (folder / "full" / "student").exists()
+
+
+def test_with_room_again_the_run_on_a_full_disk_goes_on(
+    folder: Path, alone: Mapping[str, tuple[int, str]]
+) -> None:
+    if "full" not in alone:
+        pytest.skip("this machine gives no user a file system of its own")
+    assert alone["enlarged"][0] == 0
+    (resumed,) = events(folder / "enlarged", "resume")
+    newest = max((folder / "full" / "checkpoints").glob("step-*"))
+    assert f"step-{resumed['step']:08d}" == newest.name
+    assert len(losses(folder / "enlarged")) == STEPS

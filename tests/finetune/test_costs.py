@@ -129,6 +129,21 @@ def test_every_case_is_timed_and_a_second_report_takes_what_is_kept(
         )  # another machine, so to say
 
 
+def test_a_model_that_was_not_timed_yet_is_timed_in_turn_with_all_others(
+    long_bert: Path, long_roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def note(models: dict[str, Path], threads: int) -> dict[str, dict[str, float]]:
+        timed.append(set(models.values()))
+        return {key: {} for key in models}
+
+    monkeypatch.setattr(finetune.reporting.costs, "latencies", note)
+    costs({"a": long_bert}, tmp_path, threads=1, with_latency=True)
+    costs({"a": long_bert, "b": long_roberta}, tmp_path, threads=1, with_latency=True)
+    assert timed == [{long_bert}, {long_bert, long_roberta}]
+
+
 def test_without_onnxruntime_its_cases_are_left_empty(
     long_bert: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The two stages' losses against float64 loops over the library's own forward pass."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,15 @@ def models(family: str, labels: int = 3) -> tuple[Any, Any, TaskRows]:
     return student.double(), teacher.double(), rows
 
 
-def whole(model: Any, rows: TaskRows) -> Any:
-    """The library's own forward pass, its hidden states among its outputs."""
-    batch = rows.batch(range(len(LENGTHS)))
+def whole(model: Any, rows: TaskRows, numbers: Sequence[int] = range(len(LENGTHS))) -> Any:
+    """The library's own forward pass of some rows, its hidden states among its outputs."""
+    batch = rows.batch(numbers)
     types = {} if rows.types is None else {"token_type_ids": batch.token_type_ids}
     return model(batch.input_ids, batch.valid.long(), output_hidden_states=True, **types)
 
 
 def projected(model: Any, kind: str, hidden: Sequence[Tensor], layer: int) -> Tensor:
-    """Query or key (B, H, L, d) of a layer from the hidden states below it."""
+    """Query, key or value (B, H, L, d) of a layer from the hidden states below it."""
     own = model.base_model.encoder.layer[layer - 1].attention.self
     heads = getattr(own, kind)(hidden[layer - 1]).unflatten(-1, (own.num_attention_heads, -1))
     return heads.transpose(1, 2)
@@ -112,6 +113,41 @@ def test_stage_1_of_hid_seq_equals_a_loop_over_tokens(family: str) -> None:
         theirs = whole(teacher, rows).hidden_states
     ours = whole(student, rows).hidden_states
     expected = sum(reference.hid_seq(ours[own], theirs[other], LENGTHS) for own, other in PAIRS)
+    same_with_gradients(loss, expected, student)
+
+
+def by_loops(objective: str, student: Any, teacher: Any, ours: Any, theirs: Any) -> Tensor:
+    """A term of stage 1 as sums over sequences, heads and tokens; hidden states by layer."""
+    loops = {
+        "att-kl": lambda own, other: reference.att_kl(own[:2], other[:2], LENGTHS),
+        "val-kl": lambda own, other: reference.val_kl(own[2], other[2], LENGTHS),
+        "hid-cls": lambda own, other: reference.hid_cls(own[3], other[3]),
+    }
+
+    def features(model: Any, hidden: Any, layer: int) -> tuple[Tensor, ...]:
+        parts = (projected(model, kind, hidden, layer) for kind in ("query", "key", "value"))
+        return (*parts, hidden[layer])
+
+    layers = [
+        (features(student, ours, one.student), features(teacher, theirs, one.teacher))
+        for one in PAIRS
+    ]
+    return torch.stack([loops[objective](*pair) for pair in layers]).sum()
+
+
+@pytest.mark.parametrize("objective", ["0.5*att-kl+2*hid-cls", "val-kl"])
+def test_stage_1_of_the_papers_other_objectives_equals_loops(objective: str) -> None:
+    student, teacher, rows = models("bert")
+    lesson = intermediate(student, teacher.requires_grad_(False), objective)
+    batch, numbers = rows.batch(range(len(LENGTHS))), [*range(len(LENGTHS))]
+    weights = torch.tensor(lesson.weights(0.0), dtype=torch.float64)
+    counts = torch.tensor(lesson.counts(batch), dtype=torch.float64)
+    loss = (lesson(batch, numbers) * weights / counts).sum()
+    ours, theirs = whole(student, rows).hidden_states, whole(teacher, rows).hidden_states
+    expected = torch.zeros((), dtype=torch.float64)
+    for part in objective.split("+"):
+        weight, _, name = part.rpartition("*")
+        expected = expected + float(weight or 1) * by_loops(name, student, teacher, ours, theirs)
     same_with_gradients(loss, expected, student)
 
 
@@ -176,6 +212,55 @@ def test_an_update_does_not_depend_on_how_its_batch_is_cut() -> None:
         )
         weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
+
+
+def adamw(weights: list[Tensor], losses: Iterable[Tensor], rates: Sequence[float]) -> None:
+    """Loshchilov and Hutter's algorithm 2 with RoBERTa's constants, one update for each loss."""
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), start=1):
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient, (first, second) in zip(weights, gradients, moments, strict=True):
+            if gradient is None:  # a part that the loss does not reach is not decayed either
+                continue
+            first += (1 - 0.9) * (gradient - first)
+            second += (1 - 0.98) * (gradient**2 - second)
+            change = first / (1 - 0.9**step) / (torch.sqrt(second / (1 - 0.98**step)) + 1e-6)
+            decay = 0.1 * weight.detach() if weight.ndim > 1 else 0
+            weight.data -= rate * (change + decay)
+
+
+@pytest.mark.parametrize("stage", ["intermediate", "prediction", "regression"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_epoch_is_adamw_on_means_over_each_batch_the_last_partial_one_too(
+    stage: str, accumulation: int
+) -> None:
+    trained, teacher, rows = models("bert", labels=1 if stage == "regression" else 3)
+    plain = copy.deepcopy(trained)
+    source = LiveTeacher(teacher, EXACTLY)
+    lesson: Any = intermediate(trained, teacher, "hid-seq")
+    if stage != "intermediate":
+        lesson = Prediction(trained, source, EXACTLY, 2.0, stage == "regression")
+    pace = Pace(2, 1e-2, 2, accumulation, 0.5, 0.1, seed=0)
+    batches = [numbers for e in (1, 2) for numbers in rows.shuffled(2, 0, lesson.number, e)]
+    assert [len(numbers) for numbers in batches] == [2, 1, 2, 1]
+
+    def losses() -> Iterator[Tensor]:
+        for numbers in batches:  # each computed with the weights that the one before left
+            own, other = whole(plain, rows, numbers), whole(teacher, rows, numbers)
+            lengths = [LENGTHS[number] for number in numbers]
+            if stage == "intermediate":
+                pairs = [(own.hidden_states[s], other.hidden_states[t]) for s, t in PAIRS]
+                yield sum((reference.hid_seq(s, t, lengths) for s, t in pairs), torch.tensor(0.0))
+            elif stage == "prediction":
+                yield reference.kd(own.logits, other.logits, 2.0)
+            else:
+                yield sum((own.logits - other.logits) ** 2).squeeze() / len(numbers)
+
+    result = train_stage(lesson, rows, pace, 0, list().append, _on)
+    rates = [1e-2 * share for share in (0.4, 0.8, 0.8, 0.4)]  # up to 1/2 of 5 places, then down
+    adamw(list(plain.parameters()), losses(), rates)
+    torch.testing.assert_close(trained.state_dict(), plain.state_dict(), rtol=0, atol=1e-7)
+    assert result.steps == 4
 
 
 def _on(epoch: int, step: int) -> bool:

@@ -1,12 +1,19 @@
-"""Grids on Ray: equal to single runs, resumed, retried, on two nodes, killed."""
+"""Grids on Ray: equal to single runs, resumed, retried, on two nodes, killed, closed to strangers.
+
+What takes long here is the start of a process that imports Ray or a worker's libraries, so grids
+run in this process where the process is not the point, and most of them on one cluster.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +27,16 @@ from finetune.settings import DataSettings, RunSettings, TrainSettings
 from finetune.trial import run_trial
 from tests.conftest import REPOSITORY
 from tests.finetune.test_grid_plan import rte
+from tests.launch import START_LIMIT
 
 ray = pytest.importorskip("ray", reason="the grid's extra, [cluster]")
 pytestmark = pytest.mark.slow
 
-SECONDS = 240.0  # for which anything is waited at most
+SECONDS = float(START_LIMIT)  # for which anything is waited at most
+SOON = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # an idle process of a killed Ray waits 60
 TABLES = ("results.csv", "results.json", "summary.md")
-LONG = ("--epochs", "150", "--batch_size", "8")  # seconds, so that there is a middle
+EPOCHS, BATCH = 60, 8  # seconds of a trial, so that there is a middle
+STRANGER = "import ray; ray.init(address='{}', log_to_driver=False, configure_logging=False)"
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +44,41 @@ def cluster() -> Iterator[Any]:
     """A Ray cluster of one node with one CPU, at this machine's address."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "object_store_memory": 80 * 2**20,
-            "include_dashboard": False,
-        },
-    )
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # else they wait behind all other tests
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 1,
+                "object_store_memory": 80 * 2**20,
+                "include_dashboard": False,
+            },
+        )
+        yield made
+        made.shutdown()
 
 
-@pytest.fixture
-def flags(tmp_path: Path, bert: Path) -> list[str]:
-    """A grid of two learning rates and one seed on RTE's kind of rows."""
-    data = rte(tmp_path / "data")
-    chosen = ["--model", f"tiny={bert}", "--data", str(data), "--tasks", "rte", "--seeds", "1"]
-    varied = ["--lr", "1e-3,5e-3", "--batch_size", "16", "--epochs", "2"]
-    return [*chosen, *varied, "--max_length", "32", "--precision", "fp32"]
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with RTE's kind of rows in data/, and room for the grid `whole`."""
+    folder = tmp_path_factory.mktemp("grids")
+    rte(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(place: Path, bert: Path) -> list[str]:
+    """A grid of two learning rates and one seed."""
+    data = ["--data", str(place / "data"), "--tasks", "rte", "--max_length", "32"]
+    varied = ["--lr", "1e-3,5e-3", "--batch_size", str(BATCH), "--epochs", str(EPOCHS)]
+    return ["--model", f"tiny={bert}", *data, *varied, "--seeds", "1", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Any, flags: list[str], place: Path) -> Path:
+    """The folder of that grid, run without a break on the cluster."""
+    main([*flags, "--address", cluster.address, "--output", str(place / "whole")])
+    return place / "whole"
 
 
 def tables(output: Path) -> dict[str, bytes]:
@@ -66,11 +92,29 @@ def trials(output: Path) -> dict[str, dict[str, Any]]:
     return {name: result for name, result in found.items() if result is not None}
 
 
-def start(flags: list[str], output: Path) -> subprocess.Popen[bytes]:
-    """The program in a process of its own."""
-    command = [sys.executable, "finetune/grid.py", *flags, "--output", str(output)]
-    log = open(output.with_suffix(".log"), "ab")
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+@pytest.fixture
+def start() -> Iterator[Callable[[list[str], Path], subprocess.Popen[bytes]]]:
+    """Starts the program in a process of its own, at home beside its output."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(flags: list[str], output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "finetune/grid.py", *flags, "--output", str(output)]
+        own = bare() | SOON | {"HOME": str(output.parent)}
+        with open(output.with_suffix(".log"), "ab") as log:
+            started.append(
+                subprocess.Popen(command, cwd=REPOSITORY, env=own, stdout=log, stderr=log)
+            )
+        return started[-1]
+
+    yield run
+    for process in started:  # a test that failed leaves none
+        process.kill()
+        process.wait()
+
+
+def bare() -> dict[str, str]:
+    """The environment without what Ray is told by it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 def until(what: Callable[[], Any]) -> Any:
@@ -84,34 +128,33 @@ def until(what: Callable[[], Any]) -> Any:
     raise AssertionError("it never came")
 
 
-def running(output: Path) -> list[int]:
-    """The processes that have a trial under way, as its lock says."""
-    holders = []
+def running(output: Path) -> dict[str, int]:
+    """The processes that have a trial under way, as its lock says, by the trial's folder."""
+    holders = {}
     for config in output.glob("trials/*/*/*/config.json"):
         if not (config.parent / "result.json").exists():
             words = (config.parent / ".lock").read_text().split()
-            holders += [int(words[1])] if len(words) > 1 else []
-    return [holder for holder in holders if psutil.pid_exists(holder)]
+            holders |= {config.parent.name: int(words[1])} if len(words) > 1 else {}
+    return {name: holder for name, holder in holders.items() if psutil.pid_exists(holder)}
 
 
 def test_trials_equal_single_runs_to_the_last_bit_whatever_ran_before_them(
-    cluster: Any, flags: list[str], tmp_path: Path, bert: Path
+    whole: Path, place: Path, tmp_path: Path, bert: Path
 ) -> None:
-    output = tmp_path / "grid"
-    main([*flags, "--address", cluster.address, "--output", str(output)])
-    found = trials(output)
-    assert sorted(found) == ["0.001-16-2-0", "0.005-16-2-0"]
+    found = trials(whole)
+    names = {5e-3: f"0.005-{BATCH}-{EPOCHS}-0", 1e-3: f"0.001-{BATCH}-{EPOCHS}-0"}
+    assert set(found) == set(names.values())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for lr, name in ((5e-3, "0.005-16-2-0"), (1e-3, "0.001-16-2-0")):  # the other way round
+        for lr, name in names.items():  # the other way round
             alone = run_trial(
                 RunSettings(str(bert), str(tmp_path / name), save_model=False),
-                DataSettings("rte", str(tmp_path / "data"), max_length=32),
-                TrainSettings(lr=lr, batch_size=16, epochs=2, precision="fp32"),
+                DataSettings("rte", str(place / "data"), max_length=32),
+                TrainSettings(lr=lr, batch_size=BATCH, epochs=EPOCHS, precision="fp32"),
             )
             assert found[name]["epochs"] == alone["epochs"]
-            log = output / f"trials/rte/tiny/{name}/log.jsonl"
+            log = whole / f"trials/rte/tiny/{name}/log.jsonl"
             assert losses(log) == losses(tmp_path / name / "log.jsonl")
     finally:
         torch.set_num_threads(threads)
@@ -124,25 +167,24 @@ def losses(log: Path) -> list[float]:
 
 
 def test_a_grown_grid_runs_only_what_is_new_and_a_fault_stops_no_other_trial(
-    cluster: Any, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Any, whole: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, joined = tmp_path / "grid", ["--address", cluster.address]
-    main([*flags, *joined, "--output", str(output)])
-    first = tables(output)
+    output = shutil.copytree(whole, tmp_path / "grid")
+    joined = ["--address", cluster.address, "--output", str(output)]
     stamps = {p: p.stat().st_mtime_ns for p in output.glob("trials/*/*/*/result.json")}
-    main([*flags, *joined, "--output", str(output)])
-    assert tables(output) == first
+    main([*flags, *joined])
+    assert tables(output) == tables(whole)
 
-    foreign = output / "trials/rte/tiny/0.001-16-2-1"  # where a trial cannot live
+    foreign = output / f"trials/rte/tiny/0.001-{BATCH}-{EPOCHS}-1"  # where a trial cannot live
     foreign.mkdir()
     (foreign / "config.json").write_text('{"lr": 1}')
-    more = [*flags, "--seeds", "2", *joined, "--output", str(output)]
+    more = [*flags, "--seeds", "2", *joined]
     with pytest.raises(SystemExit) as stop:
         main(more)
     assert stop.value.code == 1
     assert json.loads((foreign / "failed.json").read_text())["attempts"] == 1
     assert "another run's folder" in (output / "summary.md").read_text()
-    assert "0.005-16-2-1" in trials(output)
+    assert f"0.005-{BATCH}-{EPOCHS}-1" in trials(output)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
     (foreign / "config.json").unlink()
@@ -152,53 +194,85 @@ def test_a_grown_grid_runs_only_what_is_new_and_a_fault_stops_no_other_trial(
     assert "4 trials, 3 of them finished before" in capsys.readouterr().out
 
 
-def test_a_killed_worker_is_replaced_and_its_trial_runs_again_in_halves(
-    cluster: Any, flags: list[str], tmp_path: Path
+def test_a_killed_worker_costs_its_trial_an_attempt_a_dead_node_nothing_but_time(
+    cluster: Any, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "grid"
-    grid = start([*flags, *LONG, "--address", cluster.address], output)
-    os.kill(until(lambda: running(output))[0], signal.SIGKILL)
-    assert grid.wait(SECONDS) == 0
-    parts = sorted(result["settings"]["accumulation"] for result in trials(output).values())
-    assert parts == [1, 2]
-    said = output.with_suffix(".log").read_text()
-    assert "its process died" in said
-    assert "once more, every batch in 2 parts" in said
-
-
-def test_a_node_that_dies_costs_its_trials_nothing_but_time(
-    cluster: Any, flags: list[str], tmp_path: Path
-) -> None:
+    """A trial whose worker was killed runs again in halves, and on another node as it was."""
     second = cluster.add_node(
         num_cpus=1, node_ip_address="127.0.0.2", object_store_memory=80 * 2**20
     )
     cluster.wait_for_nodes()
-    output = tmp_path / "grid"
-    grid = start([*flags, *LONG, "--address", cluster.address], output)
-    until(lambda: len(running(output)) == 2)
-    cluster.remove_node(second, allow_graceful=False)
-    assert grid.wait(SECONDS) == 0
-    assert [result["settings"]["accumulation"] for result in trials(output).values()] == [1, 1]
-    assert "once more" in output.with_suffix(".log").read_text()
+    output, struck = tmp_path / "grid", {}
+
+    def strike() -> None:
+        """Kill the worker of one node, and the whole of the other node."""
+        workers: dict[str, int] = {}
+        try:
+            while len(workers) < 2:
+                workers.update(until(lambda: dict(running(output).items() - workers.items())))
+                for pid in workers.values():
+                    os.kill(pid, signal.SIGSTOP)  # who comes first waits for the other
+            for name, pid in workers.items():
+                raylet = psutil.Process(pid).parent().cmdline()
+                struck["node" if "--node_ip_address=127.0.0.2" in raylet else "worker"] = name
+            os.kill(workers[struck["worker"]], signal.SIGKILL)
+            cluster.remove_node(second, allow_graceful=False)
+        finally:
+            for pid in workers.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    main([*flags, "--address", cluster.address, "--output", str(output)])
+    thread.join()
+    parts = {name: found["settings"]["accumulation"] for name, found in trials(output).items()}
+    assert parts == {struck["worker"]: 2, struck["node"]: 1}
+    said = capsys.readouterr().out
+    assert "its process died" in said
+    assert "once more, every batch in 2 parts" in said
 
 
 def test_a_grid_killed_and_stopped_in_the_middle_ends_with_the_tables_of_an_unbroken_one(
-    cluster: Any, flags: list[str], tmp_path: Path
+    cluster: Any,
+    whole: Path,
+    flags: list[str],
+    tmp_path: Path,
+    start: Callable[[list[str], Path], subprocess.Popen[bytes]],
 ) -> None:
-    main([*flags, *LONG, "--address", cluster.address, "--output", str(tmp_path / "whole")])
+    """On a Ray of its own, which ends with the grid and lets in nobody without its token."""
     output = tmp_path / "grid"
     for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        grid = start([*flags, *LONG, "--workers", "1"], output)
-        until(lambda: running(output))
+        grid = start([*flags, "--workers", "1"], output)
+        (worker,) = until(lambda: running(output)).values()
         family = psutil.Process(grid.pid).children(recursive=True)
-        assert family
+        if number == signal.SIGTERM:
+            os.kill(worker, signal.SIGSTOP)  # it would be done before the strangers are
+            try:
+                assert strangers(family) == ["out", "in"]
+            finally:
+                os.kill(worker, signal.SIGCONT)
         grid.send_signal(number)
         assert grid.wait(SECONDS) == status
         until(lambda family=family: not any(alive(process) for process in family))
-    assert start([*flags, *LONG, "--workers", "1"], output).wait(SECONDS) == 0
-    assert tables(output) == tables(tmp_path / "whole")
+    assert not (tmp_path / ".ray").exists()  # no token is left at home
+    main([*flags, "--address", cluster.address, "--output", str(output)])
+    assert tables(output) == tables(whole)
     names = sorted(path.name for path in output.iterdir())
     assert names == sorted([".lock", "grid.json", "tokenised", "trials", *TABLES])
+
+
+def strangers(family: list[psutil.Process]) -> list[str]:
+    """Who comes in to a grid's Ray: with a token of their own, and with the grid's."""
+    (raylet,) = [process for process in family if process.name() == "raylet"]
+    given = dict(word.partition("=")[::2] for word in raylet.cmdline())
+    code = STRANGER.format(given["--gcs-address"])
+    told = []
+    for token in ("0" * 64, raylet.environ()["RAY_AUTH_TOKEN"]):
+        own = bare() | {"RAY_AUTH_TOKEN": token}
+        tried = subprocess.run([sys.executable, "-c", code], env=own, timeout=SECONDS)
+        told.append("out" if tried.returncode else "in")
+    return told
 
 
 def alive(process: psutil.Process) -> bool:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from finetune.distillation.parts import read_taught
 from finetune.grids.check import Survey
 from finetune.grids.distillation import Distilling, survey_distillations
 from finetune.grids.file import claim, describe
 from finetune.grids.plan import Planned, plan
-from finetune.grids.settings import GridSettings
+from finetune.grids.settings import GridSettings, parse
 from finetune.reporting.selection import best_of_grid, read_trials
 from potstill.errors import InputError
 from potstill.files import write_json
@@ -62,9 +63,52 @@ def test_every_objective_meets_every_layer_choice(place: Path, tmp_path: Path) -
     assert teachers == {("mnli", "mnli"), ("stsb", "stsb")}
 
 
+def test_vanilla_kd_costs_no_first_stage(place: Path, tmp_path: Path) -> None:
+    _, _, trials = grid(place, tmp_path, objective="att-mse,vanilla-kd", init="1,2", tasks="mnli")
+    costs = {trial.model: trial.cost for trial in trials}
+    assert costs["att-mse@1-2"] == pytest.approx(2 * costs["vanilla-kd@1-2"])
+
+
 def test_lists_of_layers_stand_between_semicolons(place: Path, tmp_path: Path) -> None:
     _, _, trials = grid(place, tmp_path, init="1,2;last")
     assert {trial.model for trial in trials} == {"att-mse@1-2", "att-mse@last"}
+
+
+def test_with_a_teacher_htd_is_the_papers_distillation_on_tasks(place: Path) -> None:
+    flags = ["--tasks", "mnli,stsb", "--data", str(place / "data"), "--max_length", "32"]
+    flags += ["--output", "o"]
+    teachers = f"mnli={place / 'mnli'},stsb={place / 'stsb'}"
+    settings = parse([*flags, "--preset", "htd", "--teacher", teachers, "--objective", "att-mse"])
+    trials = plan(settings, survey_distillations(settings))
+    recipes = {(t.task, t.lr, t.batch_size, t.epochs) for t in trials}
+    assert recipes == {("mnli", 1e-5, 32, 10), ("stsb", 2e-5, 16, 10)}
+    assert {t.model for t in trials} == {"att-mse@2-4-6", "att-mse@1-4-6", "att-mse@1-2-3"}
+    assert len(trials) == 2 * 3 * 4  # tasks, layer choices, seeds
+    jobs = [trial.job.settings for trial in trials if isinstance(trial.job, Distilling)]
+    assert {job.recipe.weight_decay for job in jobs} == {0.1}
+    assert {job.recipe.intermediate_epochs for job in jobs} == {10}
+
+
+def test_what_only_distillation_knows_is_refused_elsewhere(place: Path) -> None:
+    flags = ["--data", str(place / "data"), "--output", "o"]
+    with pytest.raises(InputError, match="--preset etd-distill: unknown; give etd, htd, htd-dis"):
+        parse([*flags, "--preset", "etd", "--teacher", str(place / "mnli")])
+    with pytest.raises(InputError, match="--lr paper: give numbers"):
+        parse([*flags, "--lr", "paper", "--model", str(place / "mnli")])
+
+
+def test_a_teacher_is_read_once_for_all_of_its_students(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def counted(folder: Path, *rest: Any) -> Any:
+        read.append(folder.name)
+        return read_taught(folder, *rest)
+
+    monkeypatch.setattr("finetune.grids.distillation.read_taught", counted)
+    grid(place, tmp_path, objective="att-mse,hid-seq")
+    assert read == ["mnli", "stsb"]
 
 
 def test_a_batch_is_cut_in_parts_that_divide_it(place: Path, tmp_path: Path) -> None:
@@ -130,3 +174,5 @@ def test_teachers_of_unequal_depth_never_share_a_name_of_layers(
 def test_a_task_without_a_teacher_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none for stsb"):
         grid(place, tmp_path / "grid", teacher=f"mnli={place / 'mnli'}")
+    with pytest.raises(InputError, match="two for mnli"):
+        grid(place, tmp_path / "grid", teacher=f"mnli={place / 'mnli'},mnli={place / 'stsb'}")

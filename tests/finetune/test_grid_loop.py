@@ -17,6 +17,8 @@ from finetune.grids.settings import GridSettings
 from finetune.grids.tables import read_failed, write_tables
 from finetune.grids.worker import Outcome, Worker
 from finetune.results import read_result
+from potstill.errors import TrainingError
+from potstill.files import write_json
 from tests.finetune.conftest import mnli_rows, write_parquet
 from tests.finetune.test_grid_plan import rte
 
@@ -78,19 +80,54 @@ def real(ticket: Try, job: FineTuning, folder: Path) -> Event:
     return Event(ticket, HAND, outcome=Worker(1).work(job, folder, None))
 
 
+class Raising:
+    """Stands for a trial that ends with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def run(self, _: Any) -> dict[str, Any]:
+        """Raise it."""
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TrainingError("the loss is nan"), "failed"),
+        (MemoryError(), "died"),
+        (OSError(12, "Cannot allocate memory"), "died"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "died"),
+    ],
+)
+def test_what_nobody_foresaw_costs_the_worker_and_what_would_happen_again_the_trial(
+    tmp_path: Path, error: Exception, kind: str
+) -> None:
+    outcome = Worker(1).work(Raising(error), tmp_path, None)
+    assert outcome.kind == kind
+    assert str(error) in outcome.reason
+
+
+def test_a_trial_that_finished_behind_our_back_did_not_fail(tmp_path: Path) -> None:
+    for name, files in (("a", ["failed.json"]), ("b", ["failed.json", "result.json"])):
+        for file in files:
+            write_json(tmp_path / f"trials/rte/{name}/1/{file}", {"reason": "lost", "attempts": 1})
+    assert [one["model"] for one in read_failed(tmp_path)] == ["a"]
+
+
 def test_memory_that_runs_out_means_halves_then_quarters_then_a_failure(
     tmp_path: Path, bert: Path
 ) -> None:
     def answer(ticket: Try, job: FineTuning, folder: Path) -> Event:
-        return Event(ticket, HAND, outcome=Outcome("memory", reason="out of memory: full"))
+        return Event(ticket, HAND, outcome=Outcome("died", reason="MemoryError: full"))
 
     cluster, output = grid(tmp_path, bert, answer)
     assert [job.train.accumulation for job in cluster.given] == [1, 2, 4]
     assert cluster.replaced == 3  # its memory may be full of what failed
     (failed,) = read_failed(output)
-    assert (failed["attempts"], failed["reason"]) == (3, "out of memory: full")
+    assert (failed["attempts"], failed["reason"]) == (3, "MemoryError: full")
     assert (
-        "| rte | tiny | 0.001-16-1-0 | 3 | out of memory: full |"
+        "| rte | tiny | 0.001-16-1-0 | 3 | MemoryError: full |"
         in (output / "summary.md").read_text()
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from finetune.grid import main
+from finetune.grid import main, run
 from finetune.grids.check import ModelFacts, Survey, TaskFacts
 from finetune.grids.early_stop import Rungs, rungs
 from finetune.grids.file import claim, describe, withdraw
@@ -19,6 +19,7 @@ from finetune.grids.tables import write_tables
 from finetune.settings import DataSettings, RunSettings, TrainSettings
 from potstill.errors import InputError
 from potstill.lock import hold
+from pretrain.signals import Signals
 from tests.finetune.conftest import write_parquet
 
 GRID: dict[str, Any] = {
@@ -87,10 +88,8 @@ def test_the_presets_are_the_grids_of_the_papers_and_flags_win(tmp_path: Path) -
     flags = ["--model", str(tmp_path), "--data", "d", "--output", "o", "--preset"]
     htd, etd = parse([*flags, "htd"]), parse([*flags, "etd", "--lr", "1e-5"])
     assert {lr for lr, _, _ in htd.combinations} == {1e-5, 3e-5, 5e-5, 8e-5}
-    assert {rest for _, *rest in map(tuple, htd.combinations) for rest in [tuple(rest)]} == {
-        (16, 10),
-        (32, 10),
-    }
+    assert {(size, epochs) for _, size, epochs in htd.combinations} == {(16, 10), (32, 10)}
+    assert htd.seeds == 4
     assert etd.combinations == [(1e-5, 32, 4), (1e-5, 32, 5), (1e-5, 32, 10)]
 
 
@@ -258,13 +257,18 @@ def test_a_grid_that_goes_on_does_not_look_finished(tmp_path: Path) -> None:
         assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [".lock", "grid.json"]
 
 
+def survey_of_a(tmp_path: Path) -> Survey:
+    """Facts about one small model and four rows of RTE."""
+    return Survey({"a": ModelFacts(tmp_path / "a", "a", 9)}, survey(tmp_path, rte=4).tasks)
+
+
 @pytest.fixture
 def stopped(tmp_path: Path) -> tuple[Path, GridSettings, list[Planned]]:
     """A grid whose only configuration's first seed was stopped after an epoch of two."""
     changes = {"early_stop": True, "batch_size": "16", "epochs": "2", "model": [f"{tmp_path}/a"]}
     (tmp_path / "a").mkdir()
     chosen = settings(tmp_path, **changes)
-    there = Survey({"a": ModelFacts(tmp_path / "a", "a", 9)}, survey(tmp_path, rte=4).tasks)
+    there = survey_of_a(tmp_path)
     trials = plan(chosen, there)
     claim(tmp_path / "grid", describe(chosen, there)).release()
     assert [trial.seed for trial in trials] == [0, 1]
@@ -305,7 +309,9 @@ def result(task: str, lr: float, seed: int, score: float, epochs: int = 2) -> di
         "task": task,
         "settings": chosen | {"model_sha256": "a"},
         "main": {"split": "validation", "metric": "accuracy"},
+        "parameters": 9,
         "rows": {"train": 8, "validation": 4},
+        "majority": {"validation": {"accuracy": 0.5}},
         "last": last,
         "epochs": [last],
     }
@@ -332,7 +338,7 @@ def test_the_tables_hold_every_trial_the_best_configuration_and_what_failed(
     summary = (tmp_path / "grid/summary.md").read_text()
     # mean of 50 and 70, sample standard deviation 14.14; 90 was stopped, so it does not count
     assert "| rte | accuracy | tiny | 60.00 ± 14.14 | 1e-5 | 16 | 2 | 2 |" in summary
-    assert "1 configurations" in summary
+    assert "Configurations stopped early, and so in none of these rows: 1." in summary
     assert "| rte | tiny | 8e-5-16-2-0 | 3 | died/here |" in summary
     tables = json.loads((tmp_path / "grid/results.json").read_text())
     assert tables["best"][0]["values"] == {"0": 0.5, "1": 0.7}
@@ -387,6 +393,24 @@ def test_bad_input_is_one_line_before_anything_is_written(
     grid_refusal: Refused, bert: Path, flags: list[str], said: str
 ) -> None:
     assert said in grid_refusal(*(flag.replace("{bert}", str(bert)) for flag in flags))
+
+
+def test_a_grid_that_cannot_go_on_keeps_its_tables(
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: tuple[Path, GridSettings, list[Planned]],
+) -> None:
+    output, chosen, trials = stopped
+    write_tables(output)
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    (trials[0].folder / "result.json").unlink()
+
+    def connected(*_: Any) -> Any:
+        raise InputError("--address far: no cluster could be joined")
+
+    monkeypatch.setattr("finetune.grid.connected", connected)
+    with Signals() as signals, pytest.raises(InputError, match="no cluster could be joined"):
+        run(chosen, survey_of_a(output.parent), trials, signals)
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
 
 def test_a_dry_run_prints_trials_and_rows_and_writes_nothing(

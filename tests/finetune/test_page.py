@@ -89,6 +89,11 @@ def test_every_score_stands_in_the_table_with_its_deviation() -> None:
         assert f"{100 * score['mean']:.1f} ± {100 * score['std']:.1f}" in told
 
 
+def test_the_answer_of_the_commonest_label_has_a_score_by_every_metric() -> None:
+    told = words(page(sample_report())).split("always the commonest answer")[1]
+    assert told.split()[:4] == ["52.7", "61.2", "52.7", "52.7"]  # CoLA has two metrics, SST-2 one
+
+
 def made(**overall: float) -> Report:
     """A report with these averages; sizes and latencies as in the sample."""
     report = sample_report(dict(overall))
@@ -185,6 +190,23 @@ def test_without_an_average_models_are_compared_by_the_tasks_that_all_have() -> 
     mrpc, _, rte = means  # F1, accuracy; accuracy
     told = words(page(report))
     assert f"mean of 2 tasks {100 * (mrpc + rte) / 2:.1f}" in told
+    assert "the tasks that every model here has: MRPC F1, RTE accuracy." in told
+
+
+def test_an_average_that_one_model_alone_has_compares_nothing() -> None:
+    report = made(teacher=0.8, good=0.7)
+    report["averages"][0]["values"] = {"teacher": 0.8, "good": None}
+    report["scores"] = [
+        s for s in report["scores"] if s["model"] == "teacher" or s["task"] == "rte"
+    ]
+    (mean,) = [s["mean"] for s in report["scores"] if (s["model"], s["task"]) == ("good", "rte")]
+    assert f"The best student is good with RTE accuracy {100 * mean:.1f}" in words(page(report))
+
+
+def test_machine_and_versions_are_words_and_what_is_not_there_is_left_out() -> None:
+    environment = {"gpu": None, "threads_per_rank": 2, "packages": {"torch": "2.13.0"}}
+    told = words(page(sample_report() | {"environment": environment}))
+    assert "threads per rank 2 packages torch 2.13.0" in told and "gpu" not in told
 
 
 def one_model(report: Report) -> Report:

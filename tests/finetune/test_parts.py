@@ -53,6 +53,14 @@ def test_names_with_joiners_and_narrow_spaces_are_taken(tmp_path: Path) -> None:
         parse(["--model", "a\nb", "--task", "rte", "--output", "run"])
 
 
+def test_what_a_run_holds_of_its_settings_is_of_the_start_that_finished_it(tmp_path: Path) -> None:
+    for accumulation in (1, 2):
+        claim(tmp_path, {"lr": 1, "accumulation": accumulation}).release()
+    write_result(tmp_path, {}, [])
+    claim(tmp_path, {"lr": 1, "accumulation": 4}).release()
+    assert json.loads((tmp_path / "config.json").read_text())["accumulation"] == 2
+
+
 def test_a_runs_files_hold_no_secrets_and_it_is_found_again(tmp_path: Path) -> None:
     config = {"model": "m", "data": "https://me:pass@host/x", "password": 12345}
     claim(tmp_path / "run", config).release()

@@ -1,6 +1,7 @@
 """Which trials are read, and which configuration stands for a model's grid."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,56 @@ def test_trials_of_one_model_that_differ_in_more_than_the_grid_are_not_mixed(gri
     write_scores(grid, "a", "rte", {3e-5: [0.5]}, settings={"precision": "bf16"})
     with pytest.raises(InputError, match="precision is 'bf16' there and 'fp32' in"):
         read_trials([grid])
+
+
+def test_seeds_of_one_model_share_its_settings_but_for_a_start_from_another_task(
+    grid: Path,
+) -> None:
+    write_scores(grid, "a", "rte", {1e-5: [0.5]})
+    second = result("rte", {"accuracy": 0.6}, seed=1, settings={"model_sha256": "tuned, seed 1"})
+    write_trial(grid, "a", second)
+    assert len(best_of_grid(read_trials([grid]))[0].values) == 2
+    write_trial(grid, "a", result("rte", {"accuracy": 0.7}, seed=2, settings={"warmup": 0.5}))
+    with pytest.raises(InputError, match="warmup is 0.5 there and None in"):
+        read_trials([grid])
+
+
+def _distilled(epochs: int, passes: int, **more: str) -> dict[str, Any]:
+    """A distillation of `passes` in stage 1 and `epochs` in stage 2; `more` are settings."""
+    how = {"objective": "att-mse", "init": "1,2,3"}
+    settings = {"intermediate_epochs": passes, **more}
+    return result("rte", {"accuracy": 0.5}, epochs=epochs, distillation=how, settings=settings)
+
+
+def test_stage_1_may_be_as_long_as_a_stage_2_that_the_grid_varies(grid: Path) -> None:
+    for epochs in (2, 3):
+        write_trial(grid, "a", _distilled(epochs, epochs))
+    assert [cell.epochs for cell in cells(read_trials([grid]))] == [2, 3]
+    write_trial(grid, "a", _distilled(4, 2))
+    with pytest.raises(InputError, match="intermediate_epochs is 2 there and None in"):
+        read_trials([grid])
+
+
+def test_runs_distilled_from_the_teachers_of_two_tasks_are_one_model(tmp_path: Path) -> None:
+    rte = _distilled(2, 2, model_sha256="teacher of rte")
+    write_json(tmp_path / "rte/result.json", rte)
+    mrpc = {**_distilled(2, 2, model_sha256="teacher of mrpc"), "task": "mrpc"}
+    write_json(tmp_path / "mrpc/result.json", mrpc)
+    trials = read_trials([tmp_path / "rte", tmp_path / "mrpc"])
+    assert {trial.model for trial in trials} == {"att-mse (1,2,3)"}
+    other = _distilled(2, 2, model_sha256="another teacher")
+    other["settings"]["seed"] = 1
+    write_json(tmp_path / "other/result.json", other)
+    with pytest.raises(InputError, match="model_sha256 is 'another teacher' there"):
+        read_trials([tmp_path / "rte", tmp_path / "other"])
+
+
+def test_a_result_that_lacks_a_part_is_refused_by_name(tmp_path: Path) -> None:
+    made = result("rte", {"accuracy": 0.5})
+    del made["majority"]
+    write_json(tmp_path / "result.json", made)
+    with pytest.raises(InputError, match="not a result of fine-tuning .*majority"):
+        read_trials([tmp_path])
 
 
 def test_two_models_of_one_name_and_the_same_trial_twice_are_refused(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForMaskedLM
 
-from data_prep.tokenization import train_tokenizer
+from data_prep.tokenization import load_tokenizer, train_tokenizer
 from finetune.settings import DataSettings
 from finetune.squad.answers import exact_match, word_f1
 from finetune.squad.task import load_squad, read_questions
+from finetune.squad.windows import WindowSettings, check_room
 from finetune.tasks import load
 from potstill.errors import InputError
 from tests.finetune.conftest import SHAPE
@@ -188,6 +189,13 @@ def test_rows_to_be_answered_need_no_answers() -> None:
         read_questions([asked], "here", answered=False)
     (question,) = read_questions([asked | {"context": "c"}], "here", answered=False)
     assert question.answers == ()
+
+
+def test_a_question_behind_thousands_of_blanks_leaves_room_for_its_context(roberta: Path) -> None:
+    (question,) = read_questions([row(0, question=" " * 25_000 + "what is it?\n")], "here")
+    assert question.question == "what is it?"
+    assert question.span() == (2, 8)  # a context keeps its blanks: answers are places in it
+    check_room(load_tokenizer(roberta), [question], WindowSettings(64, 8), "here")
 
 
 def test_glue_and_squad_may_share_a_folder(real_data: Path) -> None:

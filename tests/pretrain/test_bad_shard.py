@@ -18,10 +18,7 @@ from tests.chaos.shard_flips import flip
 from tests.launch import (
     Materials,
     flags,
-    losses,
-    metrics,
     shard_text,
-    start,
     write_ds_config,
     write_teacher,
 )
@@ -154,15 +151,3 @@ def test_skipping_without_checksums_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="--on_bad_shard skip finds bad shards by their checksums"):
         parse_config(arguments(tmp_path, shards, on_bad_shard="skip", check_shards="False"))
-
-
-@pytest.mark.distributed
-def test_two_ranks_agree_on_what_is_bad_and_train_on(
-    materials: Materials, copied: Path, tmp_path: Path
-) -> None:
-    """Each looks at its share: the bad shards are found by different ranks."""
-    names = [damage(copied, TRAIN, number, "flipped") for number in (0, 1)]
-    done = start(materials, 2, arguments(tmp_path, copied, on_bad_shard="skip"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert all(done.stdout.count(f"left out: {copied / name}") == 1 for name in names)
-    assert len(losses(tmp_path / "run")) == 3 and metrics(tmp_path / "run", "validation")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,34 +121,49 @@ def test_removed_checkpoints_are_gone_and_the_others_stay(tmp_path: Path) -> Non
 
 
 SAVE_FOR_EVER = """
-import itertools, sys
+import itertools, os, sys
 from pathlib import Path
 from tests.pretrain.checkpoints import write_checkpoint
-for step in itertools.count(1):
-    write_checkpoint(Path(sys.argv[1]), step)
+for folder in sys.argv[1:]:  # a process for each, forked from one that has imported
+    process = os.fork()
+    for step in itertools.count(1) if process == 0 else ():
+        write_checkpoint(Path(folder), step)
+    print(process, flush=True)
+    os.wait()
 """
 
 
 def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     """A process that does nothing but save; no mark of a moment, so any byte may be the last."""
     draw = random.Random(5)
-    for case in range(3):
-        folder = tmp_path / str(case)
-        saving = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOR_EVER, str(folder)],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-        while not checkpoints_in(folder):
-            assert saving.poll() is None
-            time.sleep(0.01)
-        time.sleep(draw.random() * 0.1)
-        saving.send_signal(signal.SIGKILL)
-        saving.wait()
-        found = checkpoints_in(folder)
-        assert found
-        for checkpoint in found:
-            verify_checkpoint(checkpoint)
-        assert newest_whole(folder) == found[-1]
+    folders = [tmp_path / str(case) for case in range(3)]
+    saving = subprocess.Popen(
+        [sys.executable, "-c", SAVE_FOR_EVER, *map(str, folders)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert saving.stdout is not None
+    try:
+        for folder in folders:
+            process = int(saving.stdout.readline())
+            while not checkpoints_in(folder):
+                assert saving.poll() is None
+                time.sleep(0.01)
+            time.sleep(draw.random() * 0.1)
+            os.kill(process, signal.SIGKILL)
+            while Path(f"/proc/{process}").exists():  # until it is collected
+                time.sleep(0.01)
+            found = checkpoints_in(folder)
+            assert found
+            for checkpoint in found:
+                verify_checkpoint(checkpoint)
+            assert newest_whole(folder) == found[-1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(saving.pid, signal.SIGKILL)
+        saving.communicate()
 
 
 def test_a_folder_without_its_record_is_damaged_and_not_nothing(tmp_path: Path) -> None:

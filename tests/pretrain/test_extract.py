@@ -17,11 +17,10 @@ from pretrain import extract
 from pretrain.models import has_untrained_head, load_encoder
 from pretrain.student.extraction import RECORD
 from pretrain.student.extraction_record import parameters_by_kind, ranges
-from tests.launch import REPOSITORY, Materials, flags, start
+from tests.launch import Materials, flags
 from tests.launch import materials_fixture as materials_fixture
 from tests.pretrain.tiny import FAMILIES, tiny_encoder
 
-PROGRAM = REPOSITORY / "pretrain" / "extract.py"
 ROWS = 50
 Run = Callable[..., Path]
 
@@ -175,23 +174,6 @@ def test_the_same_command_again_is_finished_already(
     run(micro_batch=16)
     assert capsys.readouterr().out.startswith("finished already")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_under_the_launcher_choose_as_one(
-    run: Run, materials: Materials, tmp_path: Path
-) -> None:
-    alone = run("alone")
-    given = defaults(materials, tmp_path / "two")
-    done = start(materials, 2, flags(**given), PROGRAM)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    one, two = weights(alone), weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    ours, theirs = record_of(tmp_path / "two"), record_of(alone)
-    assert ours["kept"] == theirs["kept"] and ours["flops"] == theirs["flops"]
-    assert ours["mlm_loss"] == pytest.approx(theirs["mlm_loss"], rel=1e-6)
-    assert done.stdout.count("written ") == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

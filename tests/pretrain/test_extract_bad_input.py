@@ -18,10 +18,9 @@ from potstill.files import write_json
 from pretrain import extract
 from pretrain.models import UNTRAINED
 from pretrain.student.extraction import RECORD
-from tests.launch import REPOSITORY, Materials, flags, start, write_teacher
+from tests.launch import Materials, flags, write_teacher
 from tests.launch import materials_fixture as materials_fixture
 
-PROGRAM = REPOSITORY / "pretrain" / "extract.py"
 Given = dict[str, Any]
 Change = Callable[[Materials, Path], Given]
 
@@ -199,17 +198,6 @@ def test_bad_input_is_refused_in_one_line(
     message = refused(change(materials, tmp_path))
     for fact in facts:
         assert fact in message
-
-
-@pytest.mark.slow
-def test_the_program_exits_with_2_and_one_line(materials: Materials, tmp_path: Path) -> None:
-    given = defaults(materials, tmp_path) | {"teacher": materials.headless}
-    done = start(materials, None, flags(**given), PROGRAM)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "--freeze encoder" in lines[0]
-    assert "Traceback" not in done.stderr + done.stdout
-    assert not (tmp_path / "student").exists()
 
 
 def test_a_signal_ends_the_program_in_one_line_with_nothing_written(

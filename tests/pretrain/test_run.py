@@ -88,7 +88,9 @@ def done(materials: Materials) -> tuple[Path, str]:
     same = dict(teacher=materials.teacher, student=materials.teacher, objective="att-mse", lr=1e-12)
     run("twin", **same, max_steps=2)
     run("twin-without-dropout", **same, max_steps=2, dropout=0)
-    return root, runs(materials, None, several, "runs")
+    (ended,) = runs(materials, "runs", (0, several))
+    assert ended.statuses == [0], ended.output[-3000:] + ended.errors[-5000:]
+    return root, ended.output
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from potstill.files import write_json
 from pretrain import run
 from pretrain.model_folder import WEIGHTS
 from pretrain.models import UNTRAINED
-from tests.launch import Materials, flags, shard_text, start, write_ds_config, write_teacher
+from tests.launch import Materials, flags, shard_text, write_ds_config, write_teacher
 from tests.launch import materials_fixture as materials_fixture
 from tests.pretrain.checkpoints import write_checkpoint
 
@@ -423,33 +423,3 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "cannot be written" in refused({"output": tmp_path / "locked" / "run"})
-
-
-# --- the same through true processes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["unknown objective", "foreign folder"])
-def test_the_program_exits_with_2_and_one_line(
-    case: str, materials: Materials, tmp_path: Path
-) -> None:
-    change, facts = CASES[case]
-    given = defaults(materials, tmp_path) | change(materials, tmp_path)
-    done = start(materials, None, flags(**given))
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and all(fact in lines[0] for fact in facts)
-    assert "Traceback" not in done.stderr + done.stdout
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_refuse_a_corrupted_shard_as_one(materials: Materials, tmp_path: Path) -> None:
-    """One rank finds the fault (they share the files); both stop, and one of them speaks."""
-    given = defaults(materials, tmp_path) | flipped_byte(materials, tmp_path)
-    done = start(materials, 2, flags(**given))
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "corrupted" in lines[0]
-    assert not (tmp_path / "run").exists()
