@@ -269,7 +269,7 @@ def strangers(family: list[psutil.Process]) -> list[str]:
     code = STRANGER.format(given["--gcs-address"])
     told = []
     for token in ("0" * 64, raylet.environ()["RAY_AUTH_TOKEN"]):
-        own = bare() | {"RAY_AUTH_TOKEN": token}
+        own = bare() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         tried = subprocess.run([sys.executable, "-c", code], env=own, timeout=SECONDS)
         told.append("out" if tried.returncode else "in")
     return told

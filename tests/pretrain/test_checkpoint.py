@@ -128,7 +128,7 @@ for folder in sys.argv[1:]:  # a process for each, forked from one that has impo
     process = os.fork()
     for step in itertools.count(1) if process == 0 else ():
         write_checkpoint(Path(folder), step)
-    print(process, flush=True)
+    print("forked", process, flush=True)
     os.wait()
 """
 
@@ -147,7 +147,8 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> N
     assert saving.stdout is not None
     try:
         for folder in folders:
-            process = int(saving.stdout.readline())
+            words = next(line for line in saving.stdout if line.startswith("forked"))
+            process = int(words.split()[1])
             while not checkpoints_in(folder):
                 assert saving.poll() is None
                 time.sleep(0.01)
