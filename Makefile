@@ -78,12 +78,8 @@ bench: $(VENV)/.test-installed
 	python benchmarks/real_run.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/real"
 	python benchmarks/finetune_study.py --output "$(RUNS)/finetune" \
 		--model student="$(RUNS)/real/att-mse-uniform/student"
-	python benchmarks/grid_study.py --output "$(RUNS)/grid" \
-		--model uniform="$(RUNS)/real/att-mse-uniform/student" \
-		--model random="$(RUNS)/real/att-mse-random/student"
-	python benchmarks/page_screenshot.py --report benchmarks/results/grid-study.json
 	python benchmarks/task_specific_study.py --output "$(RUNS)/task-specific"
-	python benchmarks/grid_overhead.py --output "$(RUNS)/grid-overhead"
+	python benchmarks/grid_overhead.py --rows 600 --output "$(RUNS)/grid-overhead"
 	python benchmarks/grid_chaos.py --kills 20 --kinds driver,group --output "$(RUNS)/grid-chaos"
 	python benchmarks/lean_forms.py
 	python benchmarks/mlm_head.py --shards "$(RUNS)/real/shards" --output "$(RUNS)/head"
@@ -91,6 +87,13 @@ bench: $(VENV)/.test-installed
 		--teacher "$(RUNS)/head/frozen/student"
 	python benchmarks/extraction_study.py --teacher "$(RUNS)/head/frozen/student" \
 		--shards "$(RUNS)/real/shards" --output "$(RUNS)/extraction"
+	python benchmarks/grid_study.py --rows 1000 --precision bf16 --output "$(RUNS)/grid" \
+		--model att-mse-uniform="$(RUNS)/real/att-mse-uniform/student" \
+		--model att-mse-random="$(RUNS)/real/att-mse-random/student" \
+		--model etd-impt-3x192="$(RUNS)/extraction/seed-0/students/etd-impt/student"
+	if command -v chromium || command -v chromium-browser; then \
+		python benchmarks/page_screenshot.py --report benchmarks/results/grid-study.json; \
+	else echo "no chromium here: the pictures of the page are left out"; fi
 	python benchmarks/objective_study.py --teacher "$(RUNS)/head/frozen/student" \
 		--shards "$(RUNS)/real/shards" --output "$(RUNS)/objectives"
 	python benchmarks/fill_docs.py

@@ -3,7 +3,7 @@
     python benchmarks/task_specific_study.py --output runs/task-specific
 
 The real teacher (6 layers x 384) is fine-tuned on RTE and MRPC, from an MNLI-tuned start, because
-without one it does not get beyond the majority class on RTE. Then students of three layers are
+without one it is not clearly beyond the majority class on RTE. Then students of three layers are
 distilled from it: stage 1 by an objective (vanilla-kd has none), stage 2 by its predictions, from
 three choices of teacher layers, three seeds each. The teacher's features are stored once. The same
 command goes on where it was stopped. A table is written beside the paper's, with paired t-tests and
@@ -142,16 +142,16 @@ def agreement(compared: Mapping[str, Any]) -> str:
     rows.append("|---|---:|---:|---|")
     # the tests are not corrected for their number, as the paper's are not: chance is said instead
     for task, found in compared["order"].items():
-        own = [test for test in compared["tests"] if test["task"] == task]
+        own = [t for t in compared["tests"] if t["task"] == task and t["p"] is not None]
         significant = [
             f"{test.get('objective', test.get('layers'))}: {test['a']} - {test['b']} "
             f"{100 * test['difference']:+.1f}"
             for test in own
-            if test["p"] is not None and test["p"] < 0.05
+            if test["p"] < 0.05
         ]
         shown = f"{len(significant)} of {len(own)}, {0.05 * len(own):.1f} expected by chance"
         shown += f" ({'; '.join(significant)})" if significant else ""
-        rows.append(f"| {task} | {found['spearman']:+.2f} | {found['p']:.2f} | {shown} |")
+        rows.append(f"| {task} | {found['spearman']:+.2f} | {found['p']:.3f} | {shown} |")
     return "\n".join(rows) + "\n"
 
 

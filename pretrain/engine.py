@@ -90,14 +90,14 @@ def start_ranks() -> torch.device:
         dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, verbose=False
     )
     if on_cpu:
-        _unname_shared_memory()
+        unname_shared_memory()
     # gloo's threads must not outlive the interpreter, however the program ends: the process would
     # now and then abort (status -6) in place of its own exit status.
     atexit.register(_leave_ranks)
     return torch.device("cpu" if on_cpu else f"{accelerator.device_name()}:{local_rank}")
 
 
-def _unname_shared_memory() -> None:
+def unname_shared_memory() -> None:
     """Let the memory through which DeepSpeed's ranks on a CPU reduce end with them.
 
     DeepSpeed never removes it: each start would leave 66 MiB a rank behind, until the machine is

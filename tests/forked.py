@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def forked(
         try:
             status = process.wait(LIMIT)
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # of its ranks too, if it did not wait for them
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     assert status == 0, (folder / "log").read_text()[-5000:]
     found = []
     for number, statuses in enumerate(json.loads((folder / "statuses.json").read_text())):
@@ -78,7 +79,7 @@ def main() -> None:
     """Import the programs, then fork the ranks of each job and wait for them."""
     path = Path(sys.argv[1])
     jobs = [Job(**job) for job in json.loads(path.read_text())]
-    for program in {job.program for job in jobs}:
+    for program in dict.fromkeys(job.program for job in jobs):
         sys.path[0] = str(Path(program).parent)
         runpy.run_path(program, run_name="imported")
     statuses = [run(job, path.parent / str(number)) for number, job in enumerate(jobs)]

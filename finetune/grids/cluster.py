@@ -73,7 +73,7 @@ class Cluster:
             there = sum(hand.node == node_id for hand in self._hands)
             for _ in range(self._slots(node["Resources"], has_gpus) - there):
                 self._start(node_id, node["NodeManagerAddress"], has_gpus)
-        if not self._hands and not self._bad_starts:
+        if not self._hands:
             raise self._no_room(has_gpus)
 
     def _forget_lost(self, nodes: Container[str]) -> None:

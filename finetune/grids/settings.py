@@ -190,7 +190,10 @@ def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return sorted({kind(part) for part in text.split(",")})
     except ValueError:
-        raise InputError(f"--{name} {text}: give numbers with commas, such as 1,2") from None
+        stands = f", or {PAPER} alone, with --teacher" if PAPER in text.split(",") else ""
+        raise InputError(
+            f"--{name} {text}: give numbers with commas, such as 1,2{stands}"
+        ) from None
 
 
 def named_models(flags: Sequence[str]) -> dict[str, Path]:
@@ -244,13 +247,25 @@ def parse(arguments: Sequence[str] | None) -> GridSettings:
     first.add_argument("--preset")
     first.add_argument("--teacher")
     found = first.parse_known_args(given)[0]
-    preset = found.preset
-    if found.teacher is not None and preset is not None and not preset.endswith(".json"):
-        preset = preset.removesuffix(OF_TEACHERS) + OF_TEACHERS
+    preset = found.preset if found.teacher is None else _of_teachers(found.preset)
     flags = [] if preset is None else preset_flags(preset)
     (settings,) = read_flags(parser, [*flags, *given])
     assert isinstance(settings, GridSettings)
     return settings
+
+
+def _of_teachers(preset: str | None) -> str | None:
+    """What a paper's name means together with `--teacher`; a file stays what it is."""
+    if preset is None or preset.endswith(".json"):
+        return preset
+    known = [path.stem for path in sorted(PRESETS.glob(f"*{OF_TEACHERS}.json"))]
+    if preset.removesuffix(OF_TEACHERS) + OF_TEACHERS not in known:
+        papers = ", ".join(name.removesuffix(OF_TEACHERS) for name in known)
+        raise InputError(
+            f"--preset {preset}: none that goes with --teacher; give {papers}, or a file that ends "
+            "in .json"
+        )
+    return preset.removesuffix(OF_TEACHERS) + OF_TEACHERS
 
 
 def preset_flags(name: str) -> list[str]:

@@ -22,7 +22,8 @@ from potstill.errors import InputError
 from pretrain.environment import describe_environment
 
 PRIVATE = ("command", "machine", "ranks")  # of an environment; a report is made by one process
-ABSOLUTE = re.compile(r"(?<![\w./])/(?:[^\s/:,;'\"()]+/)+")  # the folders before a file's name
+ABSOLUTE = re.compile(r"(?:file://|(?<![\w./]))/(?:[^\s/:,;'\"()]+/)+")
+"""The folders before a file's name, as far as they can be told from words: none with blanks."""
 
 Report = dict[str, Any]
 
@@ -83,10 +84,8 @@ def failure(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_folders(text: str) -> str:
-    """A text with every absolute path cut down to its last name."""
-    return (
-        Path(text).name if os.path.isabs(text) and text.count(":") == 0 else ABSOLUTE.sub("", text)
-    )
+    """A text with its absolute paths cut down to their last names."""
+    return ABSOLUTE.sub("", text)
 
 
 def scores_of(cell: Best) -> list[dict[str, Any]]:
@@ -152,8 +151,14 @@ def pretraining(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if not facts or "distillation" in result:
         return None
     flops = facts.get("FLOPs") or run_flops(Path(result["model"]), facts.get("steps"))
-    named = {n: without_folders(v) if isinstance(v, str) else v for n, v in facts.items()}
-    return {"flops": flops, **named}
+    return {"flops": flops, **{name: _named(fact) for name, fact in facts.items()}}
+
+
+def _named(fact: Any) -> Any:
+    """A fact that is a path by its last name alone."""
+    if not isinstance(fact, str):
+        return fact
+    return Path(fact).name if os.path.isabs(fact) else without_folders(fact)
 
 
 def run_flops(student: Path, steps: int | None) -> float | None:

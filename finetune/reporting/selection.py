@@ -219,10 +219,12 @@ def _check_one_kind(trials: Sequence[Trial]) -> None:
     """Refuse to mix: trials of one task share its rows, those of one model all but the grid."""
     first: dict[tuple[Any, ...], Trial] = {}
     seen: dict[tuple[Any, ...], Trial] = {}
+    varied = {(trial.task, trial.model) for trial in trials if not _is_as_long(trial)}
     for trial in trials:
         one = trial.task, trial.model
         _check_same(first.setdefault(one[:1], trial), trial, _of_rows)
-        _check_same(first.setdefault(one, trial), trial, _of_recipe)
+        recipe = _of_recipe if one in varied else _of_recipe_but_stage_1
+        _check_same(first.setdefault(one, trial), trial, recipe)
         # a start from another task's model may be one model for each seed
         _check_same(first.setdefault((*one, trial.seed), trial), trial, _of_model)
         twin = seen.setdefault((*one, *_key(trial)), trial)
@@ -244,9 +246,17 @@ def _of_recipe(trial: Trial) -> dict[str, Any]:
     """What all of a model's trials on a task share."""
     settings = trial.result["settings"]
     free = FREE if "distillation" in trial.result else {*FREE, "model_sha256"}
-    if settings.get("intermediate_epochs") == trial.epochs:
-        free = {*free, "intermediate_epochs"}  # as many as of stage 2, which a grid varies
     return {name: value for name, value in settings.items() if name not in free}
+
+
+def _of_recipe_but_stage_1(trial: Trial) -> dict[str, Any]:
+    """The same where stage 1 always is as long as stage 2, which a grid varies."""
+    return {n: value for n, value in _of_recipe(trial).items() if n != "intermediate_epochs"}
+
+
+def _is_as_long(trial: Trial) -> bool:
+    """Whether stage 1 took as many epochs as stage 2."""
+    return bool(trial.result["settings"].get("intermediate_epochs") == trial.epochs)
 
 
 def _check_same(one: Trial, other: Trial, part: Callable[[Trial], dict[str, Any]]) -> None:

@@ -40,6 +40,7 @@ def no_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(folder)
+        patch.setitem(sys.modules, "deepspeed", None)  # another module's, in this process
         yield
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 

@@ -83,7 +83,7 @@ def run(seed: int, count: int, folder: Path) -> Outcome:
     """Break and repeat so many runs, two at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     trials = [draw_trial(seed, number) for number in range(count)]
-    kinds = (True, False) if not all(trial.learned for trial in trials) else (True,)
+    kinds = (True,) if all(trial.learned for trial in trials) else (True, False)
     whole = {learned: _unbroken(folder, learned) for learned in kinds}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         done = pool.map(partial(_try, folder, whole), range(count), trials)

@@ -26,7 +26,7 @@ from tests.chaos.worlds import COMPARED, Tally, Walk, walks
 SHORT = {  # part: seed and count
     "sharder": (88, 2),  # killed at a write; a full disk
     "bad_input": (0, 50),
-    "bad_input_processes": (0, 2),  # of the sharder, of the trainer
+    "bad_input_processes": (0, 3),  # of the sharder, of the trainer, of extract.py
 }
 LAUNCHED, BARE = Setup(2, 1), Setup(2, 1, launcher=False)
 WHOLE = Result([(1, 0.5, 1.0), (2, 0.25, 1.0)], [(0, 1.0), (2, 0.5)], {"student": "ab"})

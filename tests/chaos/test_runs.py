@@ -41,7 +41,8 @@ CUTS = ((1, 0), (2, 3))  # ranks and stage of ZeRO
 STEPS = 65  # five whole parts, for markers; a multiple of SAVE_EVERY, none of VALIDATE_EVERY
 KEPT = (STEPS - SAVE_EVERY, STEPS)
 FLIPS = 30  # of a checkpoint, and of shards
-KILL = kills.draw(0, 0, LAUNCHED)  # all processes, while a checkpoint is written
+KILL = replace(kills.draw(0, 0, LAUNCHED), steps=2 * SAVE_EVERY + 1)
+"""All processes, while a checkpoint is written, when one before it is whole."""
 INTERRUPT = replace(preemptions.draw(0, 0, BARE), steps=1)  # one rank, while a student is exported
 
 

@@ -9,6 +9,8 @@ import deepspeed
 import torch
 from torch import nn
 
+from pretrain.engine import unname_shared_memory
+
 STEPS = 3
 
 
@@ -31,6 +33,7 @@ def train(config: dict) -> dict:
 
 def main() -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    unname_shared_memory()
     paths = [Path(name) for name in sys.argv[1:] if name.endswith(".json")]
     results = {}
     for path in paths:

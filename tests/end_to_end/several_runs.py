@@ -1,4 +1,4 @@
-"""Several runs of pretrain/run.py behind one another, in one start of the launcher.
+"""Several runs of pretrain/run.py behind one another, in one start of their ranks.
 
 several_runs.py RUNS.json     a list of argument lists, and of shell commands to do between them
 
@@ -28,7 +28,8 @@ def main() -> None:
         status = status_of(item)
         worst = max(worst, status)
         for stream in (sys.stdout, sys.stderr) if is_main_rank() else ():
-            print(f"\nended with {status}", file=stream, flush=True)
+            stream.write(f"\nended with {status}\n")  # at once: both ranks print to one file
+            stream.flush()
         if status > 2:
             break
     dist.destroy_process_group = leave

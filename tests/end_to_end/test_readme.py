@@ -1,4 +1,8 @@
-"""The README's commands, taken from its text; only paths and the length of runs are put in."""
+"""The README's commands, taken from its text; only paths and the length of runs are put in.
+
+Runs of one kind are started together: both of the trainer by one start of the launcher, programs of
+`finetune/` by one Python, since imports take most of their time.
+"""
 
 import json
 import os
@@ -76,6 +80,7 @@ def test_the_first_own_run_of_the_readme_works_as_written(
     short = f"{fine_tuning} --epochs 1 --max_train_rows 64 --max_validation_rows 32"
     small = f"{grid} --epochs 1 --max_train_rows 16 --max_validation_rows 8 --lr 3e-5 --seeds 1"
     lines = [shlex.split(line) for line in (short, f"{small} --workers 1", report)]
+    assert all(python == "python" for python, *_ in lines)
     jobs = [Job(program, 0, given) for _, program, *given in lines]
     for job, told in zip(jobs, forked(workplace / "forked", jobs, own, workplace), strict=True):
         assert told.statuses == [0], f"{job}\n{told.output[-2000:]}{told.errors[-4000:]}"

@@ -78,6 +78,7 @@ def folder(materials: Materials) -> Path:
     printed = by_run(done.output)
     statuses = [status for status, _ in printed]
     assert statuses == [0] * len(several[1:]) + [1, 1], done.output[-3000:] + done.errors[-5000:]
+    assert done.statuses == [1, 1]
     for name, part in (
         ("", printed[:-2]),
         ("-diverging", printed[-2:-1]),

@@ -83,6 +83,7 @@ def folder(materials: Materials) -> Path:
     (done,) = runs(materials, "trouble", (2, several))
     statuses = [status for status, _ in by_run(done.errors)]
     assert statuses == [0] * len(several[1:]) + [1], done.output[-3000:] + done.errors[-5000:]
+    assert done.statuses == [1, 1]
     (root / "errors").write_text(done.errors)
     return root
 
@@ -211,8 +212,8 @@ def alone(folder: Path, materials: Materials) -> Mapping[str, tuple[int, str]]:
 def test_a_run_that_learns_too_little_by_its_time_stops_with_a_checkpoint(
     folder: Path, alone: Mapping[str, tuple[int, str]]
 ) -> None:
-    for start_ in ("early", "early again"):  # the second trains no further
-        status, errors = alone[start_]
+    for start in ("early", "early again"):  # the second trains no further
+        status, errors = alone[start]
         assert status == 1 and "--early_stop_loss 1e-06" in errors
     assert len(losses(folder / "early")) == 6, "the first validation behind 30 % of 16 steps"
     newest = max((folder / "early" / "checkpoints").glob("step-*"))

@@ -108,6 +108,9 @@ def start() -> Iterator[Callable[[list[str], Path], subprocess.Popen[bytes]]]:
 
     yield run
     for process in started:  # a test that failed leaves none
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                one.kill()
         process.kill()
         process.wait()
 
@@ -222,10 +225,14 @@ def test_a_killed_worker_costs_its_trial_an_attempt_a_dead_node_nothing_but_time
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    main([*flags, "--address", cluster.address, "--output", str(output)])
-    thread.join()
+    try:
+        main([*flags, "--address", cluster.address, "--output", str(output)])
+    finally:
+        thread.join(SECONDS)
+        if second in cluster.list_all_nodes():
+            cluster.remove_node(second, allow_graceful=False)
     parts = {name: found["settings"]["accumulation"] for name, found in trials(output).items()}
     assert parts == {struck["worker"]: 2, struck["node"]: 1}
     said = capsys.readouterr().out

@@ -345,9 +345,10 @@ def test_a_report_that_goes_to_others_names_no_folder_of_this_machine(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["finetune/report.py", str(grid)])
     failed = grid / "trials/rte/big/8e-5-16-2-0/failed.json"
-    write_json(failed, {"reason": f"{grid}/tokenised/rte.bin: no room", "attempts": 3})
+    reason = f"{grid}/tokenised/rte.bin: no room; see {grid}/log and file://{grid}/more"
+    write_json(failed, {"reason": reason, "attempts": 3})
     found = report(grid)
-    assert found["failed"][0]["reason"] == "rte.bin: no room"
+    assert found["failed"][0]["reason"] == "rte.bin: no room; see log and more"
     assert "machine" not in found["environment"]  # the host's name
     pages = [path for path in tmp_path.rglob("report.*") if path.is_file()]
     assert len(pages) == 4

@@ -141,8 +141,11 @@ def test_stage_1_may_be_as_long_as_a_stage_2_that_the_grid_varies(grid: Path) ->
     for epochs in (2, 3):
         write_trial(grid, "a", _distilled(epochs, epochs))
     assert [cell.epochs for cell in cells(read_trials([grid]))] == [2, 3]
+    for epochs in (2, 3):
+        write_trial(grid, "b", _distilled(epochs, 2))
+    assert [cell.epochs for cell in cells(read_trials([grid]))] == [2, 3, 2, 3]
     write_trial(grid, "a", _distilled(4, 2))
-    with pytest.raises(InputError, match="intermediate_epochs is 2 there and None in"):
+    with pytest.raises(InputError, match="intermediate_epochs is 3 there and 2 in"):
         read_trials([grid])
 
 
