@@ -80,7 +80,8 @@ bench: $(VENV)/.test-installed
 		--model student="$(RUNS)/real/att-mse-uniform/student"
 	python benchmarks/task_specific_study.py --output "$(RUNS)/task-specific"
 	python benchmarks/grid_overhead.py --rows 600 --output "$(RUNS)/grid-overhead"
-	python benchmarks/grid_chaos.py --kills 20 --kinds driver,group --output "$(RUNS)/grid-chaos"
+	RAY_gcs_rpc_server_reconnect_timeout_s=5 python benchmarks/grid_chaos.py --kills 20 \
+		--kinds driver,group --rows 48 --seeds 6 --life 0.35 --output "$(RUNS)/grid-chaos"
 	python benchmarks/lean_forms.py
 	python benchmarks/mlm_head.py --shards "$(RUNS)/real/shards" --output "$(RUNS)/head"
 	python benchmarks/students.py --ds_config "$(DS_CONFIG)" --data "$(RUNS)/real/shards" \
