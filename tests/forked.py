@@ -88,10 +88,7 @@ def main() -> None:
 
 def run(job: Job, place: Path) -> list[int]:
     """Fork the ranks of a job; their exit statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": job.ranks, "LOCAL_SIZE": job.ranks, "MASTER_PORT": port}
+    common = {"WORLD_SIZE": job.ranks, "LOCAL_SIZE": job.ranks, "MASTER_PORT": free_port()}
     ranks = []
     sys.stdout.flush()
     for rank in range(max(1, job.ranks)):
@@ -102,6 +99,14 @@ def run(job: Job, place: Path) -> list[int]:
             os.environ.update(told)
             become(job, [f"--local_rank={rank}"] if job.ranks else [], place)
     return wait_for(ranks)
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def become(job: Job, given: list[str], place: Path) -> None:

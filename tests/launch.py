@@ -10,7 +10,6 @@ import os
 import pydoc_data.topics
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +34,13 @@ from data_prep.shard_format import (
     write_manifest,
 )
 from potstill.files import sha256_of
-from tests.forked import Ended, Job, forked
+from tests.forked import LIMIT, Ended, Job, forked, free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "pretrain" / "run.py"
 SEVERAL = Path(__file__).parent / "end_to_end" / "several_runs.py"
 LENGTH, VOCABULARY, LAYERS, HEADS = 32, 400, 4, 4
-START_LIMIT = int(os.environ.get("POTSTILL_TEST_LIMIT", 600))  # seconds a start may take
+START_LIMIT = LIMIT  # seconds a start may take
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,8 @@ def command(ranks: int | None, program: Path = PROGRAM) -> list[str]:
     """The start of a command line: the launcher with so many ranks, or None for plain Python."""
     if ranks is None:
         return [sys.executable, str(program)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_gpus", str(ranks), "--master_port", str(port), str(program)]
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(program)]
 
 
 def runs(

@@ -144,10 +144,7 @@ class Cluster:
         except errors.RayError as error:
             if ticket is not None:  # it started once: whatever it was, the trial may run again
                 return self._lost(hand, ticket, error)
-            raise InputError(
-                f"node {hand.address}: a worker cannot start ({last_line(error)}); install the "
-                "same Potstill, Python and Ray there as here"
-            ) from error
+            raise _cannot_start(hand, error) from error
         if ticket is None or unsure:
             self._welcome(hand, answer)
             return Event(ticket, hand, reason="its worker was out of reach", by_node=True)
@@ -174,10 +171,7 @@ class Cluster:
 
     def _note_bad_start(self, hand: Hand, error: Exception) -> None:
         if getattr(error, "actor_init_failed", False):
-            raise InputError(
-                f"node {hand.address}: a worker cannot start ({last_line(error)}); install the "
-                "same Potstill, Python and Ray there as here"
-            )
+            raise _cannot_start(hand, error)
         self._bad_starts[hand.node] = self._bad_starts.get(hand.node, 0) + 1
         if self._bad_starts[hand.node] >= BAD_STARTS:
             raise TrainingError(
@@ -196,6 +190,13 @@ class Cluster:
         self._hands.remove(hand)
         self.ray.kill(hand.actor)
         self._looked = -LOOK_SECONDS
+
+
+def _cannot_start(hand: Hand, error: Exception) -> InputError:
+    return InputError(
+        f"node {hand.address}: a worker cannot start ({last_line(error)}); install the same "
+        "Potstill, Python and Ray there as here"
+    )
 
 
 def death(error: Exception) -> str:

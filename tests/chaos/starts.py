@@ -6,13 +6,13 @@ found and ended, and a signal to it is what Ctrl-C on a terminal is.
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import free_port
 from tests.launch import PROGRAM, command
 
 LAUNCH = "deepspeed.launcher.launch"  # launch.py, which `deepspeed` starts and which starts ranks
@@ -163,7 +163,7 @@ def start_run(
     if launcher:
         environments, port = [dict(environment)], words[words.index("--master_port") + 1]
     else:
-        port = _free_port()
+        port = str(free_port())
         environments = [{**environment, **own} for own in rank_environments(ranks, port)]
     processes: list[subprocess.Popen[bytes]] = []
     with open(log, "wb") as printed:
@@ -189,9 +189,3 @@ def rank_environments(ranks: int, port: str) -> list[dict[str, str]]:
         return [meeting]
     common = {"WORLD_SIZE": str(ranks), **meeting}
     return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
