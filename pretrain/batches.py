@@ -9,7 +9,7 @@ just starts at a later step.
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from pretrain.masking import Masking
 from pretrain.order import Order
 from pretrain.signals import ignore_in_worker
 
+if TYPE_CHECKING:  # which reads what belongs to a batch, and so knows batches
+    from pretrain.knowledge.reader import KnowledgeReader
+
 BATCHES_VERSION = 2  # of how order and masks are drawn: a run goes on only under its own
 GROUP_ROWS = 1024  # made at once: 1 MiB of ids at 128 tokens
+GROUP_BYTES = 2**26  # of stored knowledge that are read at once
 NO_LABEL = -100  # the label of unused slots: what torch's cross_entropy leaves out
 VALIDATION_EPOCH = 2**32  # no training epoch: validation masks are their own, and always the same
 
@@ -45,6 +49,9 @@ class Batch:
         positions: int64 (N,), positions of valid tokens in the flattened batch; empty when it is
             `full`. Made here because finding them on a device makes the host wait.
         token_type_ids: int64 (B, L), 1 in the second text of a pair; None: all are 0.
+        rows, epochs: int64 (B,), which rows of their split these are and in which epoch's masks;
+            None where nobody needs to know.
+        knowledge: what is stored of the rows, by field, (B, …) each; None without knowledge.
     """
 
     input_ids: Tensor
@@ -55,20 +62,28 @@ class Batch:
     counts: Mapping[str, int]
     positions: Tensor
     token_type_ids: Tensor | None = None
+    rows: NDArray[np.int64] | None = None
+    epochs: NDArray[np.int64] | None = None
+    knowledge: Mapping[str, Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel from a loader worker as plain bytes: torch's way opens a shared file for each
         tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        arrays = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in values.items()}
-        return _arrived, (arrays,)
+        arrays = {n: values.pop(n).numpy() for n, v in [*values.items()] if isinstance(v, Tensor)}
+        stored = values.pop("knowledge")
+        known = None if stored is None else {n: v.numpy() for n, v in stored.items()}
+        return _arrived, (values, arrays, known)
 
     def _map(self, act: str, *args: object, **kwargs: object) -> "Batch":
-        tensors = {
-            f.name: getattr(getattr(self, f.name), act)(*args, **kwargs)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
+        def acted(tensor: Tensor) -> Tensor:
+            result: Tensor = getattr(tensor, act)(*args, **kwargs)
+            return result
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {n: acted(v) for n, v in values.items() if isinstance(v, Tensor)}
+        if self.knowledge is not None:
+            tensors["knowledge"] = {name: acted(v) for name, v in self.knowledge.items()}
         return replace(self, **tensors)
 
     def pin_memory(self) -> "Batch":
@@ -80,13 +95,16 @@ class Batch:
         return self._map("to", device, non_blocking=True)
 
 
-def _arrived(arrays: dict[str, Any]) -> Batch:
+def _arrived(
+    values: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+    knowledge: dict[str, NDArray[Any]] | None,
+) -> Batch:
     """A batch from what `Batch.__reduce__` sent."""
-    sent: dict[str, Any] = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in arrays.items()
-    }
-    return Batch(**sent)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if knowledge is not None:
+        tensors["knowledge"] = {name: torch.from_numpy(array) for name, array in knowledge.items()}
+    return Batch(**values, **tensors)
 
 
 def make_batch(
@@ -118,7 +136,8 @@ def make_batches(
         positions = chosen[start:end] - first * length
         slots = len(ids[own]) * masking.most(length)
         masked, labels = _slots(ids[own], positions, slots)
-        batches.append(_batch(ids[own], seen[own], masked, labels, len(positions), pad_id))
+        batch = _batch(ids[own], seen[own], masked, labels, len(positions), pad_id)
+        batches.append(replace(batch, rows=rows[own], epochs=epochs[own]))
     return batches
 
 
@@ -183,20 +202,37 @@ class TrainingBatches(Dataset[list[Batch]]):
     """This rank's micro-batches of the run; item i is the i-th and those behind it, `group` in all.
 
     Batches of few rows are made together: most of their cost is that of calls, not of rows.
+
+    Args:
+        copies: masked versions of each row that there are, the epoch counting modulo them; None: a
+            new one in every epoch.
+        knowledge: what is stored of the rows, to come with them.
     """
 
     def __init__(
-        self, reader: ShardReader, masking: Masking, pad_id: int, slices: Slices, seed: int
+        self,
+        reader: ShardReader,
+        masking: Masking,
+        pad_id: int,
+        slices: Slices,
+        seed: int,
+        copies: int | None = None,
+        knowledge: "KnowledgeReader | None" = None,
     ) -> None:
         self.reader, self.masking, self.pad_id = reader, masking, pad_id
         self.slices, self.order = slices, Order(reader.rows, seed, reader.expect)
-        self.group = max(1, GROUP_ROWS // slices.micro_batch)
+        self.copies, self.knowledge = copies, knowledge
+        row_bytes = knowledge.row_bytes if knowledge is not None else 1
+        together = min(GROUP_ROWS, GROUP_BYTES // row_bytes)
+        self.group = max(1, together // slices.micro_batch)
 
     def __getitem__(self, micro_step: int) -> list[Batch]:
         steps = range(micro_step, micro_step + self.group)
         epochs, rows = self.order(np.concatenate([self.slices.samples(step) for step in steps]))
-        size = self.slices.micro_batch
-        return make_batches(self.reader.read(rows), epochs, rows, self.masking, self.pad_id, size)
+        epochs = epochs % self.copies if self.copies else epochs
+        ids, size = self.reader.read(rows), self.slices.micro_batch
+        batches = make_batches(ids, epochs, rows, self.masking, self.pad_id, size)
+        return batches if self.knowledge is None else list(map(self.knowledge.attach, batches))
 
 
 def training_batches(
@@ -228,7 +264,12 @@ def _plainly(groups: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
 
 
 def validation_batches(
-    reader: ShardReader, masking: Masking, pad_id: int, slices: Slices, limit: int | None
+    reader: ShardReader,
+    masking: Masking,
+    pad_id: int,
+    slices: Slices,
+    limit: int | None,
+    knowledge: "KnowledgeReader | None" = None,
 ) -> Iterator[tuple[Batch, bool]]:
     """This rank's share of the validation rows, in file order, with masks that never change.
 
@@ -242,4 +283,5 @@ def validation_batches(
         counted = len(rows) > 0
         rows = rows if counted else np.zeros(1, np.int64)
         epochs = np.full(len(rows), VALIDATION_EPOCH, np.int64)
-        yield make_batch(reader.read(rows), epochs, rows, masking, pad_id), counted
+        batch = make_batch(reader.read(rows), epochs, rows, masking, pad_id)
+        yield batch if knowledge is None else knowledge.attach(batch), counted

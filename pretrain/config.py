@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from potstill.errors import InputError
 from pretrain.acceleration import AccelerationConfig
 from pretrain.health import EarlyStop
+from pretrain.knowledge.cuts import Cut
 from pretrain.objectives import (
     OBJECTIVES,
     SUMS,
@@ -45,6 +46,10 @@ class DataConfig:
         0.15,
     )
     mask_whole_words: bool = option("Choose whole words to mask, not single tokens.", False)
+    copies: int | None = option(
+        "Masked versions of each row that there are: the epoch counts modulo this. Default: a new "
+        "one in every epoch; with --knowledge as many as are stored."
+    )
     loader_workers: int = option("Processes that prepare batches; 0: in the training process.", 0)
     check_shards: bool = option(
         "Compare all files of --data with their checksums before training; ranks share the work.",
@@ -62,6 +67,7 @@ class DataConfig:
             0 <= self.mlm_probability < 1,
             f"--mlm_probability {self.mlm_probability} must be at least 0 and below 1",
         )
+        check(self.copies is None or self.copies > 0, f"--copies {self.copies} must be positive")
         check(
             0 <= self.loader_workers <= MOST_WORKERS,
             f"--loader_workers {self.loader_workers} must lie in 0 … {MOST_WORKERS}",
@@ -79,6 +85,10 @@ class TeacherConfig:
 
     teacher: str | None = option("Teacher: a Hugging Face folder or hub name. Not for mlm alone.")
     revision: str | None = option("Branch, tag or commit of a teacher on the hub.")
+    knowledge: str | None = option(
+        "Learn from stored knowledge (pretrain/cache_knowledge.py) in place of a teacher that "
+        "runs. --teacher is then only needed to start from its layers (--init)."
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,12 @@ class ObjectiveConfig:
         "and positions x V tensors, which is slower where these are small; both are exact.",
         "auto",
     )
+    cut_form: Literal["kept", "masked"] = option(
+        "What a mean runs over where --knowledge is cut: kept, the tokens and neurons that are "
+        "stored; masked, all of them, as if both models had zeros in place of the rest (the form "
+        "of Marginal Utility Diminishes).",
+        "kept",
+    )
 
     def __post_init__(self) -> None:
         for name in ("kd_temperature", "contrast_temperature", "contrast_width"):
@@ -199,12 +215,15 @@ class ObjectiveConfig:
         given = {name: getattr(self, name) for name in defaults}
         return {n: defaults[n] if value is None else value for n, value in given.items()}
 
-    def settings(self, pairs: tuple[LayerPair, ...], logits: float = 0) -> Settings:
+    def settings(
+        self, pairs: tuple[LayerPair, ...], logits: float = 0, cut: Cut | None = None
+    ) -> Settings:
         """What the objectives get told.
 
         Args:
             pairs: the mapped layers. logits: numbers in one model's logits of a micro-batch at all
-                its valid tokens, or at the masked ones where `kd` compares those.
+                its valid tokens, or at the masked ones where `kd` compares those. cut: of the
+                knowledge that they learn from, if there is one.
         """
         chosen = self.defaulted
         return Settings(
@@ -219,6 +238,8 @@ class ObjectiveConfig:
             contrast_width=self.contrast_width,
             form=self.loss_form,
             logit_chunks=count_chunks(self.loss_form, logits),
+            cut=self.cut_form if cut is not None and not cut.whole else "none",
+            kept_tokens=None if cut is None else cut.tokens,
         )
 
 
@@ -367,6 +388,10 @@ class Config:
     def __post_init__(self) -> None:
         for part in fields(self):
             check_values(getattr(self, part.name))
+        check(
+            self.objective.cut_form == "kept" or self.teacher.knowledge is not None,
+            f"--cut_form {self.objective.cut_form} is for cut --knowledge, of which there is none",
+        )
         check(
             bool(self.objective.objective or self.run.students),
             "--objective is missing: for example att-mse",

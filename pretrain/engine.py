@@ -36,6 +36,7 @@ from pretrain.engine_state import EngineState, holds, write_state
 from pretrain.environment import describe_environment, git_commit, single_rank_defaults
 from pretrain.export import export_student
 from pretrain.features import Feature
+from pretrain.knowledge.source import StoredTeacher
 from pretrain.learner import Learner
 from pretrain.loop import Loop, Run
 from pretrain.metrics import Metrics
@@ -139,7 +140,7 @@ def build_run(
     run = Run(
         learners=learners,
         stopped=dict(plan.stopped),
-        teacher=_live_teacher(plan, attention, device),
+        teacher=_teacher(plan, attention, device),
         batches=data.training,
         accumulation=plan.sizes.accumulation,
         validation=data.validation,
@@ -169,7 +170,7 @@ def _build_learner(
     own: StudentPlan,
     data: RunData,
     attention: Attention,
-    probe: dict[Feature, Tensor],
+    probe: dict[Feature, Any],
     device: torch.device,
 ) -> Learner:
     """One student with its engine, from its checkpoint if there is one."""
@@ -293,18 +294,26 @@ def finish(loop: Loop, plan: Plan) -> None:
     check_all_done(run.stopped)
 
 
-def _teacher_probe(plan: Plan, data: RunData, attention: Attention) -> dict[Feature, Tensor]:
+def _teacher_probe(plan: Plan, data: RunData, attention: Attention) -> dict[Feature, Any]:
     """The teacher's features of a few rows, on the CPU, to find what the students' losses reach."""
     if plan.teacher is None:
         return {}
+    if plan.knowledge is not None:
+        stored = plan.knowledge.source(plan.teacher_features, torch.float32)
+        return dict(stored.features(data.probe(2)))
     with torch.no_grad():
         return encode(plan.teacher.model.eval(), data.probe(2), plan.teacher_features, attention)
 
 
-def _live_teacher(plan: Plan, attention: Attention, device: torch.device) -> Teacher | None:
+def _teacher(
+    plan: Plan, attention: Attention, device: torch.device
+) -> Teacher | StoredTeacher | None:
+    """What gives the teacher's features: itself, or its stored knowledge."""
     wanted = plan.teacher_features
     if plan.teacher is None or not wanted:
         return None
+    if plan.knowledge is not None:
+        return plan.knowledge.source(wanted, plan.dtype)
     speed = plan.config.acceleration
     if speed.fused == "apex":
         use_apex_layer_norm(plan.teacher.model)
@@ -410,7 +419,7 @@ def _facts(plan: Plan, own: StudentPlan, name: str, step: int) -> dict[str, Any]
     config, shape = own.config, own.student.shape
     facts = {
         "name": f"{shape.layers}x{shape.hidden} student" if plan.teacher else "Encoder",
-        "teacher": config.teacher.teacher or "none (pretrained from scratch)",
+        "teacher": plan.teacher.source if plan.teacher else "none (pretrained from scratch)",
         "objective": config.objective.objective,
         "layers": config.objective.defaulted["layers"],
         "initialisation": config.student.student or config.student.init,

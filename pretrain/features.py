@@ -6,6 +6,11 @@
 | query, key, value | layer 1…N    | (B, H, L, d), before any dropout                             |
 | logits  | "masked" or "all"      | (P, V): one row per masked (or valid) token, in batch order  |
 | predictions | "masked" or "all"  | the same, not computed yet: `Predictions`                    |
+
+Stored knowledge may hold less (`pretrain.knowledge`): hidden states come as `Kept`, logits as
+`TopLogits`, and in the place of projections there are scores of some queries:
+
+| query-key, value-value | layer 1…N | `KeptScores`                                             |
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-Kind = Literal["hidden", "query", "key", "value", "logits", "predictions"]
+Kind = Literal[
+    "hidden", "query", "key", "value", "logits", "predictions", "query-key", "value-value"
+]
 Positions = Literal["masked", "all"]
 
 
@@ -37,8 +44,49 @@ class Predictions(NamedTuple):
     vocab: int
 
 
+class Kept(NamedTuple):
+    """Hidden states of which only some tokens and neurons are known; no other one counts.
+
+    Attributes:
+        values: (B, T, W). tokens: int64 (B, T), their places in the row. used: bool (B, T); False
+            where a row has fewer tokens to keep, whose slots mean nothing.
+        neurons: int64, the W places in the width of (B, T, D), of a shape that broadcasts with
+            `values`; None: all of them.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    used: Tensor
+    neurons: Tensor | None
+
+
+class KeptScores(NamedTuple):
+    """Scores of some queries with all keys, before softmax, by the model's own heads.
+
+    Attributes:
+        values: (B, H, T, L). tokens: int64 (B, T), the queries. used: bool (B, T), as in `Kept`.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    used: Tensor
+
+
+class TopLogits(NamedTuple):
+    """Predictions of which only the likeliest tokens are known, and what all others weigh.
+
+    Attributes:
+        ids: int64 (P, k). log_probabilities: float32 (P, k), at the temperature that was asked for;
+            -inf in unused slots. rest: float32 (P,), the probability of all other tokens together.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    rest: Tensor
+
+
 Features = Mapping[Feature, Any]
-"""Tensors by name; under "predictions" a `Predictions`."""
+"""Tensors by name; under "predictions" a `Predictions`, and what stored knowledge gives instead."""
 
 
 class Depth(NamedTuple):

@@ -18,6 +18,7 @@ from pretrain.clock import Clock
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.features import Feature
 from pretrain.health import LoaderWatch
+from pretrain.knowledge.source import StoredTeacher
 from pretrain.learner import Learner, step_loss
 from pretrain.meter import Meter
 from pretrain.saving import AGAIN, Saver
@@ -50,7 +51,7 @@ class Run:
 
     learners: list[Learner]
     stopped: dict[str, Stop]
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     batches: Callable[[int], Iterator[Batch]]
     accumulation: int
     validation: Callable[[], Iterator[tuple[Batch, bool]]]
@@ -98,7 +99,7 @@ class Loop:
     """Seconds of waiting for data and of training, at the last line of metrics."""
     told: int = field(init=False, default=0)
     """The signal to obey, 0 for none; the same on every rank."""
-    teacher: Teacher | None = field(init=False)
+    teacher: Teacher | StoredTeacher | None = field(init=False)
     teacher_share: float = field(init=False)
     """FLOPs of the teacher's forward per token and student."""
 

@@ -114,7 +114,7 @@ class Masking:
 
     def most(self, length: int) -> int:
         """The most tokens that are chosen in a row of `length`."""
-        return max(1, round(self.probability * length)) if self.probability else 0
+        return most_masked(self.probability, length)
 
     def _choose(self, ids: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Bool (B, L): the tokens with the lowest draws, up to each row's budget.
@@ -159,6 +159,11 @@ class Masking:
         chosen[several] &= draws[several] != last[several, None]
         alone = np.flatnonzero(cut & ~several)
         chosen[alone] &= np.cumsum(chosen[alone], axis=1) <= self.most(chosen.shape[1])
+
+
+def most_masked(probability: float, length: int) -> int:
+    """The most tokens that are chosen in a row of `length`."""
+    return max(1, round(probability * length)) if probability else 0
 
 
 def word_continuations(tokenizer: Any) -> NDArray[np.bool_]:

@@ -1,5 +1,7 @@
 """Hugging Face encoders: which are supported, their shape, loading them, what they lack."""
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +207,25 @@ def check_local(source: str, flag: str) -> None:
     """
     if means_a_folder(source) and not Path(source).is_dir():
         raise InputError(f"{flag} {source}: there is no such folder")
+
+
+COMPUTING = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id")
+"""What of a config changes features, besides what the weights' shapes tell."""
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """SHA-256 of what decides an encoder's features: its weights, but for a head it came without.
+
+    The same for the same numbers, whatever files they came from.
+    """
+    config: Any = encoder.model.config
+    digest = hashlib.sha256(json.dumps([getattr(config, name) for name in COMPUTING]).encode())
+    untrained = () if encoder.trained_head else HEADS[config.model_type]
+    for name, weight in sorted(encoder.model.state_dict().items()):
+        if name.split(".")[0] not in untrained:
+            digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -10,7 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from potstill.errors import InputError
 
-PATHS = frozenset({"data", "teacher", "student", "students", "ds_config", "preset", "output"})
+PATHS = frozenset(
+    {"data", "teacher", "student", "students", "ds_config", "preset", "output", "knowledge"}
+)
 DEEPEST = 32
 """Objects and lists within one another in a JSON file; what a person writes needs five."""
 

@@ -1,7 +1,7 @@
 """What a run will do: everything checked and counted before DeepSpeed or any long work starts."""
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,22 @@ from pretrain.ds_config import (
 )
 from pretrain.features import Feature
 from pretrain.flops import Work, forward_flops, student_flops
-from pretrain.models import Encoder, check_local, load_config, load_encoder
+from pretrain.knowledge.cuts import Cut
+from pretrain.knowledge.source import (
+    Knowledge,
+    check_agrees,
+    open_knowledge,
+    stored_run,
+)
+from pretrain.models import Encoder, check_local, fingerprint, load_config, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.composite import WeightedSum
-from pretrain.run_folder import check_folders, identity_of, keep_global_batch
+from pretrain.run_folder import (
+    check_folders,
+    data_identity,
+    identity_of,
+    keep_global_batch,
+)
 from pretrain.student.build import build_student
 from pretrain.student.depth import map_layers
 from pretrain.students import FOLDER as STUDENTS
@@ -73,6 +85,7 @@ class Plan:
 
     Attributes:
         left_out: names of bad shards, under `--on_bad_shard skip`.
+        knowledge: what the students learn from in place of the teacher, which then never runs.
         students: those that are trained, one in a lone run.
         stopped: those of `--students` that an earlier start had to stop, by name.
         begun_on: how many ranks the run had when it began.
@@ -84,6 +97,7 @@ class Plan:
     sizes: BatchSizes
     dtype: torch.dtype
     teacher: Encoder | None
+    knowledge: Knowledge | None
     students: tuple[StudentPlan, ...]
     stopped: dict[str, Stop]
     identity: dict[str, Any]
@@ -116,6 +130,10 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     Raises:
         InputError: anything that would make the run fail or be another one than asked for.
     """
+    knowledge = _open_knowledge(config)
+    if knowledge is not None:
+        data, objective = stored_run(knowledge, config.data, config.objective)
+        config = replace(config, data=data, objective=objective)
     members = read_members(config)
     path = Path(str(config.run.ds_config))
     ds_config = read_ds_config(path)
@@ -128,14 +146,16 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     check_with_deepspeed(ds_configs[0], path)
     config.acceleration.check(device, ds_config, sizes.accumulation, precision(ds_config))
     manifest, left_out = _check_data(config)
-    teacher = _load_teacher(members, manifest)
+    teacher = _load_teacher(members, manifest, knowledge)
+    if knowledge is not None:
+        _check_knowledge(config, knowledge, manifest, left_out)
     identities = [identity_of(member.config, sizes, ds_config) for member in members]
     whole = {STUDENTS: [m.name for m in members]} if config.run.students else identities[0]
     checkpoints, stopped = from_main_rank(lambda: check_folders(config, whole, members, identities))
     students, work = [], _work(config, manifest, sizes)
     for member, own_ds_config, own_identity in zip(members, ds_configs, identities, strict=True):
         with member.blamed():
-            student, objective = _build_student(member.config, teacher, manifest, sizes)
+            student, objective = _build_student(member.config, teacher, manifest, sizes, knowledge)
         if member.name in checkpoints:
             shape, frozen = student.shape, member.config.student.freeze is not None
             compared = teacher.shape if teacher else shape
@@ -159,6 +179,7 @@ def make_plan(config: Config, device: torch.device) -> Plan:
         sizes=sizes,
         dtype=precision(ds_config),
         teacher=teacher,
+        knowledge=knowledge,
         students=tuple(students),
         stopped=stopped,
         identity=whole,
@@ -188,12 +209,19 @@ def _resolve(member: Member, ds_config: dict[str, Any], sizes: BatchSizes) -> di
 
 
 def _build_student(
-    config: Config, teacher: Encoder | None, manifest: Manifest, sizes: BatchSizes
+    config: Config,
+    teacher: Encoder | None,
+    manifest: Manifest,
+    sizes: BatchSizes,
+    knowledge: Knowledge | None,
 ) -> tuple[Encoder, WeightedSum]:
     """A student and what it learns; no matter which others there are."""
     torch.manual_seed(config.student_seed)  # of weights that neither a checkpoint nor `init` gives
     student = build_student(config.student, teacher, manifest, config.student_seed)
-    objective = _build_objective(config, student, teacher, manifest, sizes)
+    cut = knowledge.cut if knowledge is not None else None
+    objective = _build_objective(config, student, teacher, manifest, sizes, cut)
+    if knowledge is not None:
+        knowledge.check_objective(objective)
     if teacher is not None:
         check_positions(teacher, "teacher", manifest)
     check_positions(student, "student", manifest)
@@ -212,7 +240,7 @@ def _check_freeze(config: Config, objective: WeightedSum) -> None:
 
 def teacher_flops(plan: Plan, wanted: Set[Feature]) -> float:
     """FLOPs per token of one forward of the teacher."""
-    if plan.teacher is None:
+    if plan.teacher is None or plan.knowledge is not None:
         return 0.0
     work = _work(plan.config, plan.manifest, plan.sizes)
     return forward_flops(plan.teacher.shape, wanted, work.length, work.masked_share)
@@ -251,10 +279,35 @@ def _bad_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {name: fault for share in found for name, fault in share.items()}
 
 
-def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | None:
-    """The teacher, if an objective learns from one, with the tokenizer of the shards."""
+def _open_knowledge(config: Config) -> Knowledge | None:
+    folder = config.teacher.knowledge
+    return None if folder is None else open_knowledge(Path(folder), config.data.check_shards)
+
+
+def _check_knowledge(
+    config: Config, knowledge: Knowledge, manifest: Manifest, left_out: Set[str]
+) -> None:
+    """Refuse knowledge that is not of the run's rows, masked as the run masks them."""
+    if left_out:
+        raise InputError(
+            f"--on_bad_shard skip lets other rows stand in for those of {min(left_out)}, of which "
+            "--knowledge knows nothing; copy the shards again"
+        )
+    asked = {**vars(config.data), **vars(config.run)}
+    check_agrees(knowledge, data_identity(Path(str(config.data.data))), manifest, asked)
+
+
+def _load_teacher(
+    members: Sequence[Member], manifest: Manifest, knowledge: Knowledge | None
+) -> Encoder | None:
+    """The teacher, if an objective learns from one, with the tokenizer of the shards.
+
+    Of stored knowledge its shape only, unless a student starts from its layers.
+    """
     config = members[0].config
     source = config.teacher.teacher
+    if source is None and knowledge is not None:
+        return _known_teacher(members, knowledge)
     for member in members:
         with member.blamed():
             expression = str(member.config.objective.objective)
@@ -267,7 +320,25 @@ def _load_teacher(members: Sequence[Member], manifest: Manifest) -> Encoder | No
     load_config(source, "--teacher", config.teacher.revision)  # not to be blamed on the tokenizer
     tokenizer = load_tokenizer(source, config.teacher.revision)
     check_tokenizer(tokenizer, source, Path(str(config.data.data)), manifest)
-    return load_encoder(source, "--teacher", config.teacher.revision)
+    teacher = load_encoder(source, "--teacher", config.teacher.revision)
+    if knowledge is not None and fingerprint(teacher) != knowledge.manifest.contents.teacher:
+        raise InputError(
+            f"--teacher {source} is not the teacher whose knowledge is in {knowledge.folder} "
+            f"({knowledge.manifest.contents.teacher_name}): their weights differ"
+        )
+    return teacher
+
+
+def _known_teacher(members: Sequence[Member], knowledge: Knowledge) -> Encoder:
+    for member in members:
+        with member.blamed():
+            settings = member.config.student
+            if settings.init != "random":
+                raise InputError(
+                    f"--init {settings.init} copies teacher layers, which --knowledge does not "
+                    "hold: give --teacher too"
+                )
+    return knowledge.teacher
 
 
 def _build_objective(
@@ -276,6 +347,7 @@ def _build_objective(
     teacher: Encoder | None,
     manifest: Manifest,
     sizes: BatchSizes,
+    cut: Cut | None,
 ) -> WeightedSum:
     settings = config.objective
     teacher_layers = teacher.shape.layers if teacher else student.shape.layers
@@ -283,7 +355,7 @@ def _build_objective(
     pairs = map_layers(chosen["layers"], student.shape.layers, teacher_layers)
     compared = config.data.mlm_probability if chosen["kd_positions"] == "masked" else 1.0
     logits = sizes.micro_batch * manifest.seq_length * compared * manifest.vocab_size
-    objective = build_objective(str(settings.objective), settings.settings(pairs, logits))
+    objective = build_objective(str(settings.objective), settings.settings(pairs, logits, cut))
     if not config.data.mlm_probability and any(o.counted == "masked" for o in objective.objectives):
         raise InputError(
             f"--mlm_probability 0 masks nothing, and --objective {settings.objective} learns at "

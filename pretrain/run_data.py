@@ -43,6 +43,7 @@ class RunData:
             dist.get_rank(),
             dist.get_world_size(),
         )
+        self._knowledge = plan.knowledge.reader() if plan.knowledge is not None else None
         self._train = ShardReader(folder, TRAIN, plan.left_out)
         self._validation = ShardReader(folder, VALIDATION, plan.left_out)
 
@@ -50,7 +51,13 @@ class RunData:
         """This rank's micro-batches from a step on."""
         config = self._plan.config
         batches = TrainingBatches(
-            self._train, self._masking, self._pad, self._slices, config.run.seed
+            self._train,
+            self._masking,
+            self._pad,
+            self._slices,
+            config.run.seed,
+            config.data.copies,
+            self._knowledge,
         )
         return training_batches(
             batches, step, config.data.loader_workers, pin=torch.cuda.is_available()
@@ -62,13 +69,17 @@ class RunData:
         limit = (
             min(run.validation_rows or DRY_ROWS, DRY_ROWS) if run.dry_run else run.validation_rows
         )
-        return validation_batches(self._validation, self._masking, self._pad, self._slices, limit)
+        return self._held_out(self._slices, limit)
 
     def probe(self, rows: int) -> Batch:
         """The first held-out rows, the same on every rank."""
         slices = Slices(min(rows, self._validation.rows), 1, 0, 1)
-        batches = validation_batches(self._validation, self._masking, self._pad, slices, rows)
-        return next(iter(batches))[0]
+        return next(self._held_out(slices, rows))[0]
+
+    def _held_out(self, slices: Slices, limit: int | None) -> Iterator[tuple[Batch, bool]]:
+        return validation_batches(
+            self._validation, self._masking, self._pad, slices, limit, self._knowledge
+        )
 
     def probe_digest(self, rows: int) -> str:
         """What tells these rows from others: one may be left out for a bad shard."""

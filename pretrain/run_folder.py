@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.shard_format import MANIFEST
 from potstill.console import say
 from potstill.errors import InputError
-from potstill.files import is_leftover
+from potstill.files import is_leftover, sha256_of
 from potstill.lock import Lock, hold
 from potstill.secrets import redacted
 from pretrain.batches import BATCHES_VERSION
@@ -18,6 +18,7 @@ from pretrain.checkpoint import RECORD as CHECKPOINT_RECORD
 from pretrain.checkpoint import checkpoints_in, newest_whole, read_record, verify_checkpoint
 from pretrain.config import Config
 from pretrain.ds_config import BatchSizes, batch_sizes, precision
+from pretrain.knowledge.format import MANIFEST as KNOWLEDGE_MANIFEST
 from pretrain.students import Member, Stop, where_stopped
 
 RECORD = "config.json"
@@ -83,6 +84,7 @@ def identity_of(config: Config, sizes: BatchSizes, ds_config: dict[str, Any]) ->
     identity = {
         **config.identity(),
         "data": data_identity(Path(str(config.data.data))),
+        "knowledge": knowledge_identity(config.teacher.knowledge),
         "batches_version": BATCHES_VERSION,
         "global_batch": sizes.global_batch,
         "precision": str(precision(ds_config)),
@@ -191,6 +193,11 @@ def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
 def data_identity(folder: Path) -> str:
     """What makes shards these: the digest of their manifest, which has each file's checksum."""
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def knowledge_identity(folder: str | None) -> str | None:
+    """What makes stored knowledge this: the digest of its manifest; None where there is none."""
+    return None if folder is None else sha256_of(Path(folder) / KNOWLEDGE_MANIFEST)
 
 
 def holds(record: Path, identity: dict[str, Any], kind: str) -> bool:

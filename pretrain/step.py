@@ -16,6 +16,7 @@ from pretrain.batches import Batch
 from pretrain.dropout import replace_dropout
 from pretrain.encoder import encode
 from pretrain.features import Feature, Features
+from pretrain.knowledge.source import StoredTeacher
 from pretrain.masking import hash64
 from pretrain.meter import Phase, untimed
 from pretrain.models import Encoder, Shape
@@ -239,13 +240,13 @@ def _guarded(engine: Any, step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_features(
-    teacher: Teacher | None,
+    teacher: Teacher | StoredTeacher | None,
     batches: Iterable[Batch],
     device: torch.device,
     phase: Phase = untimed,
 ) -> Iterator[tuple[Batch, Features]]:
     """Each batch on the device, with the teacher's features of it, when it is asked for."""
-    if teacher is not None and teacher.stream is not None:
+    if isinstance(teacher, Teacher) and teacher.stream is not None:
         yield from teacher.ahead((batch.to(device) for batch in batches), phase)
         return
     for batch in batches:
@@ -281,7 +282,7 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
 @torch.no_grad()
 def validation_terms(
     engines: Sequence[Any],
-    teacher: Teacher | None,
+    teacher: Teacher | StoredTeacher | None,
     batches: Iterable[tuple[Batch, bool]],
     between: Callable[[], None] = lambda: None,
 ) -> tuple[list[StepResult], int]:

@@ -38,7 +38,8 @@ def _show_models(plan: Plan) -> None:
         layers = settings.defaulted["layers"]
         say(f"objective  {_title(own)}{settings.objective}, layers {layers}")
     if plan.teacher is not None:
-        say(f"teacher    {describe_shape(plan.teacher)}")
+        stored = f", stored in {plan.knowledge.folder}" if plan.knowledge is not None else ""
+        say(f"teacher    {describe_shape(plan.teacher)}{stored}")
     for own in plan.students:
         frozen = ", encoder frozen" if own.config.student.freeze else ""
         say(f"student    {_title(own)}{describe_shape(own.student)}{frozen}")
@@ -101,7 +102,8 @@ def memory_estimate(plan: Plan) -> float:
     half = plan.dtype != torch.float32
     size, per_trained = (2, 2 + 4 + 12) if half else (4, 4 + 4 + 8)
     trained = sum(p.numel() for own in plan.students for p in own.student.model.parameters())
-    frozen = sum(p.numel() for p in plan.teacher.model.parameters()) if plan.teacher else 0
+    running = plan.teacher if plan.knowledge is None else None
+    frozen = sum(p.numel() for p in running.model.parameters()) if running else 0
     length = plan.manifest.seq_length
     shapes = [own.student.shape for own in plan.students]
     kept = max(s.layers * (34 * s.hidden + 2 * s.heads * length) for s in shapes)

@@ -6,11 +6,13 @@ are ever added up here: no batched product, no mask, no broadcasting over a sequ
 their autograd graph, so that gradients can be compared as well.
 
 Shapes: hidden (B, L, D); query, key, value (B, H, L, d); logits (P, V). `lengths` counts the real
-tokens of each sequence; padding stands behind them. Every function gives a float64 scalar.
+tokens of each sequence; padding stands behind them. Every function gives a float64 scalar. Where
+knowledge is cut, means run over what is `kept`: bool (B, L, D) of hidden states, or each sequence's
+queries.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +54,25 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     return mean(losses)
 
 
+def top_kd(
+    student: Tensor, known: Sequence[Mapping[int, float]], temperature: float = 1.0
+) -> Tensor:
+    """`kd` with a teacher of whom some probabilities at t are known, all others only together.
+
+    Logits (P, V); for each position the known probabilities by token. Mean over positions.
+    """
+    losses = []
+    for own, probabilities in zip(student.double(), known, strict=True):
+        own_log = log_softmax([z / temperature for z in own])
+        loss = torch.stack([-p * own_log[token] for token, p in probabilities.items()]).sum()
+        rest = 1 - math.fsum(probabilities.values())
+        others = [torch.exp(q) for token, q in enumerate(own_log) if token not in probabilities]
+        if others:
+            loss = loss - rest * torch.log(torch.stack(others).sum())
+        losses.append(loss * temperature**2)
+    return mean(losses)
+
+
 def vanilla_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """`kd` plus `mlm`, both at the masked positions."""
     return kd(student, teacher) + mlm(student, labels)
@@ -74,14 +95,20 @@ def hid_cls(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> T
 
 
 def hid_seq(
-    student: Tensor, teacher: Tensor, lengths: Sequence[int], weight: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    lengths: Sequence[int],
+    weight: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Squared error of hidden states, mean over real tokens and dimensions."""
     errors = []
-    for own, other, length in zip(student, teacher, lengths, strict=True):
+    for row, (own, other, length) in enumerate(zip(student, teacher, lengths, strict=True)):
         for position in range(length):
             difference = mapped(own[position], weight) - other[position].double()
-            errors += [component**2 for component in difference]
+            for neuron, component in enumerate(difference):
+                if kept is None or bool(kept[row, position, neuron]):
+                    errors.append(component**2)
     return mean(errors)
 
 
@@ -92,7 +119,10 @@ def scores(left: Tensor, right: Tensor, length: int) -> list[list[Tensor]]:
 
 
 def att_mse(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], lengths: Sequence[int]
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    kept: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Squared error of attention scores before the softmax. Each model gives (query, key).
 
@@ -103,14 +133,17 @@ def att_mse(
         for head in range(student[0].shape[1]):
             own = scores(student[0][sequence, head], student[1][sequence, head], length)
             other = scores(teacher[0][sequence, head], teacher[1][sequence, head], length)
-            for i in range(length):
+            for i in range(length) if kept is None else kept[sequence]:
                 for j in range(length):
                     errors.append((own[i][j] - other[i][j]) ** 2)
     return mean(errors)
 
 
 def relation_kl(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], lengths: Sequence[int]
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    kept: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """KL(softmax(teacher's scores) || softmax(student's)), softmax over the real keys.
 
@@ -121,7 +154,7 @@ def relation_kl(
         for head in range(student[0].shape[1]):
             own = scores(student[0][sequence, head], student[1][sequence, head], length)
             other = scores(teacher[0][sequence, head], teacher[1][sequence, head], length)
-            for i in range(length):
+            for i in range(length) if kept is None else kept[sequence]:
                 p, q = log_softmax(other[i]), log_softmax(own[i])
                 terms = [torch.exp(a) * (a - b) for a, b in zip(p, q, strict=True)]
                 divergences.append(torch.stack(terms).sum())
@@ -146,13 +179,22 @@ def length_of(vector: Tensor) -> Tensor:
 
 
 def cos(
-    student: Tensor, teacher: Tensor, lengths: Sequence[int], weight: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    lengths: Sequence[int],
+    weight: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """1 - cosine of hidden states, mean over real tokens (DistilBERT)."""
     distances = []
-    for own, other, length in zip(student, teacher, lengths, strict=True):
+    for row, (own, other, length) in enumerate(zip(student, teacher, lengths, strict=True)):
         for position in range(length):
             left, right = mapped(own[position], weight), other[position].double()
+            if kept is not None:
+                neurons = kept[row, position].nonzero().flatten().tolist()
+                if not neurons:
+                    continue
+                left, right = left[neurons], right[neurons]
             distances.append(1 - dot(left, right) / (length_of(left) * length_of(right)))
     return mean(distances)
 

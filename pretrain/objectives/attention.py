@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from potstill.errors import InputError
 from pretrain.batches import Batch
-from pretrain.features import Feature, Features, Kind
+from pretrain.features import Feature, Features, KeptScores, Kind
 from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 from pretrain.objectives.base import Objective, Relation, Unit
+from pretrain.objectives.kept import divergence_kept, squared_error_kept
 from pretrain.objectives.relation import (
     Sides,
     divergence,
@@ -24,6 +25,11 @@ from pretrain.objectives.relation import (
 
 QUERY_KEY = (Relation("query", "key", 1.0),)
 VALUE_VALUE = (Relation("value", "value", 1.0),)
+SCORES: dict[tuple[Kind, Kind], Kind] = {
+    ("query", "key"): "query-key",
+    ("value", "value"): "value-value",
+}
+"""What scores of two sides are called where they are stored."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,26 @@ class RelationObjective(Objective):
         total = torch.zeros((), device=batch.valid.device)
         for pair in self.pairs:
             for left, right, weight in self._relations():
-                ours, theirs = (
-                    Sides(
-                        self._heads(features[Feature(left, layer)]),
-                        self._heads(features[Feature(right, layer)]),
-                    )
-                    for features, layer in ((student, pair.student), (teacher, pair.teacher))
-                )
-                total = total + weight * self._distance(ours, theirs, batch)
+                ours = self._sides(student, left, right, pair.student)
+                stored = self._stored(teacher, left, right, pair.teacher)
+                if stored is None:
+                    theirs = self._sides(teacher, left, right, pair.teacher)
+                    distance = self._distance(ours, theirs, batch)
+                else:
+                    distance = self._kept_distance(ours, stored, batch.valid)
+                total = total + weight * distance
         return total
+
+    def _sides(self, features: Features, left: Kind, right: Kind, layer: int) -> Sides:
+        sides = (features[Feature(kind, layer)] for kind in (left, right))
+        return Sides(*map(self._heads, sides))
+
+    def _stored(self, teacher: Features, left: Kind, right: Kind, layer: int) -> KeptScores | None:
+        """The scores that cut knowledge holds in place of the teacher's sides."""
+        if not self.takes_cut:
+            return None
+        stored: KeptScores | None = teacher.get(Feature(SCORES[left, right], layer))
+        return stored
 
     def check(self, name: str, student: Shape, teacher: Shape) -> None:
         """Heads are compared one by one, so there must be as many in both models."""
@@ -63,9 +80,16 @@ class RelationObjective(Objective):
             )
 
     def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
-        """Both models' scores, and their gradient to both sides of the student's."""
+        """Both models' scores, and their gradient to both sides of the student's.
+
+        Those of a teacher that are stored cost nothing.
+        """
+        cut = self.settings.kept_tokens is not None
         ours, theirs = (2 * work.length * shape.hidden for shape in (student, teacher))
-        return Cost(ours + theirs, 2 * ours).times(len(self.pairs) * len(self._relations()))
+        cost = Cost(ours if cut else ours + theirs, 2 * ours).times(
+            self.settings.share(work.length)
+        )
+        return cost.times(len(self.pairs) * len(self._relations()))
 
     def _relations(self) -> tuple[Relation, ...]:
         return self.relations
@@ -78,6 +102,10 @@ class RelationObjective(Objective):
     def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
         """The distance of the scores, summed over the units, averaged over heads."""
 
+    def _kept_distance(self, student: Sides, teacher: KeptScores, valid: Tensor) -> Tensor:
+        """The same of the queries that are kept; only for those that take cut knowledge."""
+        raise NotImplementedError(f"{type(self).__name__} takes no cut knowledge")
+
 
 @dataclass(frozen=True)
 class AttMSE(RelationObjective):
@@ -85,16 +113,18 @@ class AttMSE(RelationObjective):
 
     Mean over heads and valid (query, key) pairs, so padding never counts.
 
-    Features: query, key (B, H, L, d) of both models. Head counts must match, sizes need not.
+    Features: query, key (B, H, L, d) of both models. Head counts must match, sizes need not. Where
+    knowledge is cut in length, the teacher's are `KeptScores` under "query-key".
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key")
     unit: ClassVar[Unit] = "pairs"
+    takes_cut: ClassVar[bool] = True
     relations: ClassVar[tuple[Relation, ...]] = QUERY_KEY
 
     def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
         """In the lean form two products `Q^T Q`, of both models' heads side by side."""
-        if not self.settings.lean(work.length):
+        if self.settings.kept_tokens is not None or not self.settings.lean(work.length):
             return super().flops(student, teacher, work)
         product = 2 * student.heads * (student.head_size + teacher.head_size) ** 2
         return Cost(2 * product, 4 * product).times(len(self.pairs))
@@ -103,6 +133,9 @@ class AttMSE(RelationObjective):
         lean = self.settings.lean(student.left.shape[2])
         valid = None if batch.full else batch.valid
         return (squared_error_lean if lean else squared_error)(student, teacher, valid)
+
+    def _kept_distance(self, student: Sides, teacher: KeptScores, valid: Tensor) -> Tensor:
+        return squared_error_kept(student, teacher, valid)
 
 
 @dataclass(frozen=True)
@@ -113,6 +146,7 @@ class RelationKL(RelationObjective):
     """
 
     unit: ClassVar[Unit] = "tokens"  # a distribution for every valid query
+    takes_cut: ClassVar[bool] = True
 
     def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
         # On a CPU the lean form is the faster one at any length: it stays in the cache.
@@ -121,6 +155,9 @@ class RelationKL(RelationObjective):
         lean = quick or self.settings.lean(student.left.shape[2])
         valid = None if batch.full else batch.valid
         return (divergence_lean if lean else divergence)(student, teacher, valid)
+
+    def _kept_distance(self, student: Sides, teacher: KeptScores, valid: Tensor) -> Tensor:
+        return divergence_kept(student, teacher, valid)
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,7 @@ class MiniLMv2(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key", "value")
+    takes_cut: ClassVar[bool] = False  # regrouped heads are not those of which scores are stored
 
     def student_features(self) -> frozenset[Feature]:
         return frozenset(f for f in super().student_features() if f.kind in self._kinds())

@@ -11,9 +11,11 @@ from potstill.errors import InputError
 from pretrain.batches import Batch
 from pretrain.features import Feature, Features, Kind, Positions
 from pretrain.flops import Cost, Work
+from pretrain.knowledge.cuts import Cut
 from pretrain.models import Shape
 
-Unit = Literal["sequences", "tokens", "masked", "pairs"]
+Unit = Literal["sequences", "tokens", "masked", "pairs", "kept_tokens", "kept_pairs"]
+CutForm = Literal["none", "kept", "masked"]
 ProjectionMode = Literal["auto", "always", "none"]
 Form = Literal["auto", "plain", "lean"]
 
@@ -23,6 +25,7 @@ LEAN_FROM = 512
 Measured on a CPU by `benchmarks/lean_forms.py`: at 128 tokens the plain `att-mse` is several times
 faster; from 512 on the lean forms win. KLs are lean on a CPU at any length, where that is faster.
 """
+_KEPT: dict[Unit, Unit] = {"tokens": "kept_tokens", "pairs": "kept_pairs"}
 
 
 class LayerPair(NamedTuple):
@@ -62,6 +65,9 @@ class Settings:
             KLs, by the device.
         logit_chunks: in how many parts `kd` computes the logits of both models; 0 is the plain
             form.
+        cut: what a mean runs over where knowledge is cut: "kept", what is stored of it; "masked",
+            all tokens, pairs and neurons, as if zeros stood in both models in place of the rest.
+        kept_tokens: of a row at most, where knowledge is cut in length: FLOPs are counted by it.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -75,10 +81,16 @@ class Settings:
     contrast_width: int = 128
     form: Form = "auto"
     logit_chunks: int = 0
+    cut: CutForm = "none"
+    kept_tokens: int | None = None
 
     def lean(self, length: int) -> bool:
         """Whether rows of `length` tokens get the memory-lean form."""
         return self.form == "lean" or (self.form == "auto" and length >= LEAN_FROM)
+
+    def share(self, length: int) -> float:
+        """The share of tokens that are compared, in rows of `length`."""
+        return 1.0 if self.kept_tokens is None else min(self.kept_tokens, length) / length
 
 
 @dataclass(frozen=True)
@@ -90,17 +102,22 @@ class Objective(ABC):
         unit: what the definition's mean runs over, besides heads and width (which `total`
             averages itself): an entry of `Batch.counts`.
         uses_teacher: whether it learns from a teacher at all.
+        takes_cut: whether `total` knows what cut knowledge gives in place of whole features.
+        first_token_only: whether no other token's hidden state is looked at.
     """
 
     settings: Settings
     needs: ClassVar[tuple[Kind, ...]]
     unit: ClassVar[Unit]
     uses_teacher: ClassVar[bool] = True
+    takes_cut: ClassVar[bool] = False
+    first_token_only: ClassVar[bool] = False
 
     @property
     def counted(self) -> Unit:
         """The unit of this instance; some depend on the settings."""
-        return self.unit
+        kept = self.takes_cut and self.settings.cut == "kept"
+        return _KEPT.get(self.unit, self.unit) if kept else self.unit
 
     @property
     def pairs(self) -> tuple[LayerPair, ...]:
@@ -126,6 +143,26 @@ class Objective(ABC):
             raise InputError(
                 f"--objective {name} compares attention, which layer 0 (the embeddings) has not; "
                 "take --layers from 1 on"
+            )
+
+    def check_cut(self, name: str, cut: Cut) -> None:
+        """Refuse a cut that this objective cannot learn from; `name` is the user's.
+
+        Raises:
+            InputError: it compares what the cut leaves out.
+        """
+        cut_in_length = cut.tokens is not None and bool(set(self.needs) - {"logits", "predictions"})
+        cut_in_width = cut.width is not None and "hidden" in self.needs
+        if not self.takes_cut and (cut_in_length or cut_in_width):
+            part = f"{cut.tokens}t" if cut_in_length else f"{cut.width}h"
+            raise InputError(
+                f"--keep {part}: --objective {name} compares whole rows and cannot learn from a "
+                "part of them; leave that part of --keep out, or take another objective"
+            )
+        if self.first_token_only and cut_in_length and cut.length != "left_first":
+            raise InputError(
+                f"--keep_length {cut.length} need not keep the first token, the only one that "
+                f"--objective {name} compares; take --keep_length left_first"
             )
 
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional
 
+from potstill.errors import InputError
 from pretrain.batches import Batch
-from pretrain.features import Feature, Features, Kind
+from pretrain.features import Feature, Features, Kept, Kind
 from pretrain.flops import Cost, Work
+from pretrain.knowledge.cuts import Cut
 from pretrain.models import Shape
 from pretrain.objectives.base import LayerPair, Objective, Unit, full_precision
+from pretrain.objectives.kept import first_token
 
 
 class ContrastSpace(nn.Module):
@@ -79,11 +82,21 @@ class HidCLSContrast(Objective):
     with the K vectors in the memory; mean over sequences (CoDIR, equation 4). In the first step
     the memory is empty and the loss is 0. A step's own vectors go in behind the step.
 
-    Features: hidden (B, L, D) of both models.
+    Features: hidden (B, L, D) of both models; the teacher's may be `Kept`.
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("hidden",)
     unit: ClassVar[Unit] = "sequences"
+    takes_cut: ClassVar[bool] = True
+    first_token_only: ClassVar[bool] = True
+
+    def check_cut(self, name: str, cut: Cut) -> None:
+        super().check_cut(name, cut)
+        if cut.width is not None:
+            raise InputError(
+                f"--keep {cut.width}h: --objective {name} maps whole vectors into a space of its "
+                "own and cannot learn from a part of their neurons; leave that part of --keep out"
+            )
 
     def projections(self, student: Shape, teacher: Shape) -> dict[str, nn.Module]:
         width, negatives = self.settings.contrast_width, self.settings.negatives
@@ -117,8 +130,7 @@ class HidCLSContrast(Objective):
         losses = []
         for pair in self.pairs:
             ours = student[Feature("hidden", pair.student)][:, 0]
-            # A copy: autograd keeps it for backward, which it may not do with inference tensors.
-            theirs = teacher[Feature("hidden", pair.teacher)][:, 0].clone()
+            theirs = self._teacher(teacher, pair)
             positive, negative = projections[self._key(pair)](ours, theirs)
             cosines = torch.cat([positive[:, None], negative], dim=1)
             logits = cosines / self.settings.contrast_temperature
@@ -127,10 +139,15 @@ class HidCLSContrast(Objective):
 
     def note(self, teacher: Features) -> Mapping[str, Tensor]:
         """The teacher's [CLS] vectors of each layer pair, (B, D_T) copies."""
-        return {
-            self._key(pair): teacher[Feature("hidden", pair.teacher)][:, 0].clone()
-            for pair in self.pairs
-        }
+        return {self._key(pair): self._teacher(teacher, pair) for pair in self.pairs}
+
+    def _teacher(self, teacher: Features, pair: LayerPair) -> Tensor:
+        """The teacher's [CLS] vectors, (B, D_T).
+
+        A copy: autograd keeps it for backward, which it may not do with inference tensors.
+        """
+        first = first_token(teacher[Feature("hidden", pair.teacher)])
+        return (first.values if isinstance(first, Kept) else first)[:, 0].clone()
 
     def remember(
         self, notes: Sequence[Mapping[str, Tensor]], projections: Mapping[str, nn.Module]

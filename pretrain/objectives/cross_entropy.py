@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from pretrain.batches import NO_LABEL
+from pretrain.features import TopLogits
 from pretrain.objectives.base import full_precision
 
 _BLOCK = 2**17
@@ -73,6 +75,57 @@ class SoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, gradients[0]), None, None, None
+
+
+class TopCrossEntropy(torch.autograd.Function):
+    """`-(sum_i p_i log q_i + r log q_r) * t^2`, summed over the used positions.
+
+    p: what the teacher's likeliest tokens weigh, r all of its others together; q_r is the
+    student's mass on the same others. It is `SoftCrossEntropy` where no token is cut.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: TopLogits, temperature: float, used: Tensor | None
+    ) -> Tensor:
+        """Logits (P, V) of the student; used: bool (P,), None for all."""
+        total, slope = _begin(ctx, student, temperature)
+        for block in _blocks(student):
+            logs = (full_precision(student[block]) / temperature).log_softmax(-1)
+            top = TopLogits(*(part[block] for part in teacher))
+            tokens, p = top.ids, top.log_probabilities.to(logs.dtype).exp()
+            rest, others = top.rest.to(logs.dtype), without(logs, top)
+            log_rest = others.logsumexp(-1)
+            losses = torch.linalg.vecdot(p, logs.gather(1, tokens)) + rest * log_rest
+            if used is not None:
+                losses.masked_fill_(~used[block], 0)
+            total -= losses.sum()
+            if slope is not None:
+                target = others.sub_(log_rest[:, None]).exp_().mul_(rest[:, None])
+                difference = logs.exp_().mul_((p.sum(-1) + rest)[:, None]).sub_(target)
+                difference.scatter_add_(1, tokens, -p)
+                if used is not None:
+                    difference.masked_fill_(~used[block, None], 0)
+                slope[block] = difference
+        return total * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, gradients[0]), None, None, None
+
+
+def without(logits: Tensor, top: TopLogits) -> Tensor:
+    """A copy of logits (P, V) in which the tokens of `top` weigh nothing.
+
+    They are not -inf: where no other token is left, whose mass nobody asks for, all stays finite.
+    """
+    kept = top.log_probabilities > -torch.inf
+    nowhere = logits.shape[1]  # unused slots name any token, so they go to one column too many
+    copy = functional.pad(logits, (0, 1))
+    lowest = torch.finfo(logits.dtype).min
+    copy.scatter_(1, torch.where(kept, top.ids, nowhere), lowest)
+    return copy[:, :-1]
 
 
 class HardCrossEntropy(torch.autograd.Function):

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from potstill.errors import InputError
 from pretrain.batches import Batch
-from pretrain.features import Feature, Features, Kind
+from pretrain.features import Feature, Features, Kept, Kind
 from pretrain.flops import Cost, Work
 from pretrain.models import Shape
 from pretrain.objectives.base import LayerPair, Objective, Unit, full_precision
+from pretrain.objectives.kept import at_neurons, at_tokens, first_token
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class HiddenObjective(Objective):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("hidden",)
+    takes_cut: ClassVar[bool] = True
     name: ClassVar[str]
 
     def _key(self, pair: LayerPair) -> str:
@@ -58,28 +60,46 @@ class HiddenObjective(Objective):
 
     def _share(self, work: Work) -> float:
         """The share of tokens that count."""
-        return 1.0
+        return 1 / work.length if self.first_token_only else self.settings.share(work.length)
 
-    def _distances(
-        self, student: Features, teacher: Features, projections: Mapping[str, nn.Module]
+    def total(
+        self,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        """Distances of the tokens that count, summed over the layer pairs: (B, L')."""
         distances = []
         for pair in self.pairs:
-            ours = self._tokens(student[Feature("hidden", pair.student)])
-            theirs = self._tokens(teacher[Feature("hidden", pair.teacher)])
-            if self._key(pair) in projections:
-                ours = projections[self._key(pair)](ours)
-            distances.append(self._distance(full_precision(ours), full_precision(theirs)))
-        return torch.stack(distances).sum(dim=0)
+            ours = student[Feature("hidden", pair.student)]
+            theirs = teacher[Feature("hidden", pair.teacher)]
+            key = self._key(pair)
+            projection = projections[key] if key in projections else None
+            distances.append(self._distances(ours, theirs, batch.valid, projection))
+        return torch.stack(distances).sum(dim=0).sum()
 
-    def _tokens(self, hidden: Tensor) -> Tensor:
-        """The tokens that count, (B, L', D)."""
-        return hidden
+    def _distances(
+        self, ours: Tensor, theirs: Tensor | Kept, used: Tensor, projection: nn.Module | None
+    ) -> Tensor:
+        """Distances of the tokens of a pair of layers, 0 where none counts: (B, T)."""
+        if self.first_token_only:
+            ours, theirs, used = ours[:, :1], first_token(theirs), used[:, :1]
+        if isinstance(theirs, Kept):  # before the projection: it has less to do
+            ours, used = at_tokens(ours, theirs.tokens), theirs.used
+        if projection is not None:
+            ours = projection(ours)
+        share = 1.0
+        if isinstance(theirs, Kept):
+            if self.settings.cut == "masked":
+                share = theirs.values.shape[-1] / ours.shape[-1]
+            ours = ours if theirs.neurons is None else at_neurons(ours, theirs.neurons)
+            theirs = theirs.values
+        distances = self._distance(full_precision(ours), full_precision(theirs), share)
+        return distances.masked_fill(~used, 0)
 
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Per token, (B, L'), of vectors (B, L', D): squared error, averaged over the width."""
-        return (student - teacher).square().mean(dim=-1)
+    def _distance(self, student: Tensor, teacher: Tensor, share: float) -> Tensor:
+        """Squared error of vectors (B, T, W), averaged over the width of which W is a share."""
+        return (student - teacher).square().mean(dim=-1) * share
 
 
 @dataclass(frozen=True)
@@ -88,26 +108,12 @@ class HidCLS(HiddenObjective):
 
     ACL 2023, section 3.
 
-    Features: hidden (B, L, D) of both models.
+    Features: hidden (B, L, D) of both models; the teacher's may be `Kept`.
     """
 
     unit: ClassVar[Unit] = "sequences"
     name: ClassVar[str] = "hid-cls"
-
-    def _tokens(self, hidden: Tensor) -> Tensor:
-        return hidden[:, :1]
-
-    def _share(self, work: Work) -> float:
-        return 1 / work.length
-
-    def total(
-        self,
-        student: Features,
-        teacher: Features,
-        batch: Batch,
-        projections: Mapping[str, nn.Module],
-    ) -> Tensor:
-        return self._distances(student, teacher, projections).sum()
+    first_token_only: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -116,21 +122,11 @@ class HidSeq(HiddenObjective):
 
     ACL 2023, section 3.
 
-    Features: hidden (B, L, D) of both models.
+    Features: hidden (B, L, D) of both models; the teacher's may be `Kept`.
     """
 
     unit: ClassVar[Unit] = "tokens"
     name: ClassVar[str] = "hid-seq"
-
-    def total(
-        self,
-        student: Features,
-        teacher: Features,
-        batch: Batch,
-        projections: Mapping[str, nn.Module],
-    ) -> Tensor:
-        distances = self._distances(student, teacher, projections)
-        return distances.masked_fill(~batch.valid, 0).sum()
 
 
 @dataclass(frozen=True)
@@ -148,10 +144,11 @@ class Emb(HidSeq):
 class Cos(HidSeq):
     """`1 - cosine(h^S W, h^T)`, mean over all valid tokens (DistilBERT, section 2).
 
-    Features: hidden (B, L, D) of both models.
+    Features: hidden (B, L, D) of both models; the teacher's may be `Kept`.
     """
 
     name: ClassVar[str] = "cos"
 
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _distance(self, student: Tensor, teacher: Tensor, share: float) -> Tensor:
+        """Zeros in both models in place of what is cut change no cosine: `share` does not count."""
         return 1 - functional.cosine_similarity(student, teacher, dim=-1)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 from potstill.errors import InputError
 from pretrain.batches import NO_LABEL, Batch
-from pretrain.features import Feature, Features, Kind, Predictions
+from pretrain.features import Feature, Features, Kind, Predictions, TopLogits
 from pretrain.flops import Cost, Work, head_flops
 from pretrain.models import Shape
 from pretrain.objectives.base import Form, Objective, Unit, full_precision
-from pretrain.objectives.cross_entropy import HardCrossEntropy, SoftCrossEntropy, in_blocks
+from pretrain.objectives.cross_entropy import (
+    HardCrossEntropy,
+    SoftCrossEntropy,
+    TopCrossEntropy,
+    in_blocks,
+    without,
+)
 
 CHUNK = 2**25
 """Logits of one model that chunked `kd` has in memory at a time: 128 MiB in float32."""
+_Stored = Tensor | TopLogits
 
 
 def count_chunks(form: Form, logits: float) -> int:
@@ -77,11 +84,13 @@ class KD(Objective):
 
     ACL 2023, section 3 ("prediction layer transfer"). Mean over the masked or all valid tokens.
 
-    Features: logits (P, V) of both models, or, in chunks, what they are computed from.
+    Features: logits (P, V) of both models, or, in chunks, what they are computed from. Where the
+    teacher's are stored they are logits in either case, or `TopLogits`.
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("logits",)
     unit: ClassVar[Unit] = "masked"
+    takes_cut: ClassVar[bool] = True
 
     @property
     def counted(self) -> Unit:
@@ -107,12 +116,13 @@ class KD(Objective):
         batch: Batch,
         projections: Mapping[str, nn.Module],
     ) -> Tensor:
-        ours, theirs = student[self._feature], teacher[self._feature]
-        used = batch.labels != NO_LABEL if self.settings.positions == "masked" else None
-        if isinstance(ours, Predictions) and isinstance(theirs, Predictions):
-            settings = self.settings
+        ours, settings = student[self._feature], self.settings
+        stored = Feature("logits", settings.positions)
+        theirs = teacher[stored if stored in teacher else self._feature]
+        used = batch.labels != NO_LABEL if settings.positions == "masked" else None
+        if isinstance(ours, Predictions):
             return _in_chunks(ours, theirs, settings.temperature, settings.logit_chunks, used)
-        return soft_cross_entropy(ours, theirs, self.settings.temperature, used)
+        return soft_cross_entropy(ours, theirs, settings.temperature, used)
 
     def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
         """In chunks, both heads once more in backward; the features count the first time."""
@@ -127,46 +137,70 @@ class KD(Objective):
 
 
 def soft_cross_entropy(
-    student: Tensor, teacher: Tensor, temperature: float, used: Tensor | None = None
+    student: Tensor, teacher: _Stored, temperature: float, used: Tensor | None = None
 ) -> Tensor:
     """`CE(softmax(z^T/t), log_softmax(z^S/t)) * t^2` of logits (P, V), summed over positions.
+
+    Of `TopLogits`, whose probabilities are those at the same temperature, the likeliest tokens
+    count one by one and all others as one.
 
     Args:
         used: bool (P,), the positions that count; None counts all.
     """
     if in_blocks(student):
-        total: Tensor = SoftCrossEntropy.apply(student, teacher, temperature, used)
+        form = TopCrossEntropy if isinstance(teacher, TopLogits) else SoftCrossEntropy
+        total: Tensor = form.apply(student, teacher, temperature, used)
         return total
-    target = (full_precision(teacher) / temperature).softmax(-1)
     log_probabilities = (full_precision(student) / temperature).log_softmax(-1)
-    losses = -(target * log_probabilities).sum(-1)
+    if isinstance(teacher, TopLogits):
+        losses = _top_losses(log_probabilities, teacher)
+    else:
+        target = (full_precision(teacher) / temperature).softmax(-1)
+        losses = -(target * log_probabilities).sum(-1)
     if used is not None:
         losses = losses.masked_fill(~used, 0)
     return losses.sum() * temperature**2
 
 
+def _top_losses(logs: Tensor, teacher: TopLogits) -> Tensor:
+    """Cross-entropies (P,) of the student's log-probabilities (P, V) with what is known."""
+    known = teacher.log_probabilities.exp() * logs.gather(1, teacher.ids)
+    return -known.sum(-1) - teacher.rest * without(logs, teacher).logsumexp(-1)
+
+
 def _in_chunks(
     student: Predictions,
-    teacher: Predictions,
+    teacher: _Stored | Predictions,
     temperature: float,
     chunks: int,
     used: Tensor | None,
 ) -> Tensor:
     """The same, exactly, with the logits of a few positions at a time, again in backward."""
 
-    def loss(target_hidden: Tensor, used: Tensor | None, hidden: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher.head(target_hidden)
+    def loss(target: _Stored | Predictions, used: Tensor | None, hidden: Tensor) -> Tensor:
+        if isinstance(target, Predictions):
+            with torch.no_grad():
+                target = target.head(target.hidden)
         return soft_cross_entropy(student.head(hidden), target, temperature, used)
 
     flags = [None] * chunks if used is None else used.tensor_split(chunks)
     losses = []
-    for hidden, target_hidden, counted in zip(
-        student.hidden.tensor_split(chunks), teacher.hidden.tensor_split(chunks), flags, strict=True
+    for hidden, target, counted in zip(
+        student.hidden.tensor_split(chunks), _split(teacher, chunks), flags, strict=True
     ):
         # Bound, not an argument: a checkpoint saves arguments, and cannot save inference tensors.
-        chunk = partial(loss, target_hidden, counted)
+        chunk = partial(loss, target, counted)
         if torch.is_grad_enabled():  # no dropout in an MLM head: no random state to restore
             chunk = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
         losses.append(chunk(hidden))
     return torch.stack(losses).sum()
+
+
+def _split(teacher: _Stored | Predictions, chunks: int) -> list[Any]:
+    """The teacher's side of every chunk."""
+    if isinstance(teacher, Tensor):
+        return list(teacher.tensor_split(chunks))
+    if isinstance(teacher, Predictions):
+        return [teacher._replace(hidden=part) for part in teacher.hidden.tensor_split(chunks)]
+    parts = zip(*(part.tensor_split(chunks) for part in teacher), strict=True)
+    return [TopLogits(*part) for part in parts]

@@ -1,0 +1,1 @@
+"""The search over cuts of stored knowledge: `finetune/search_cuts.py` is its program."""

@@ -1,0 +1,107 @@
+"""What can be told of a search's students before they exist: whether they can be compared."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.shard_format import TOKENIZER_FOLDER, Manifest
+from finetune.search.points import Point
+from finetune.search.settings import SearchSettings
+from potstill.errors import InputError
+from potstill.files import whole_folder
+from pretrain.config import StudentConfig
+from pretrain.models import Shape, check_local, load_config, load_encoder, shape_of
+from pretrain.objectives import Settings, build_objective, check_models
+from pretrain.objectives.base import LayerPair
+from pretrain.student.build import build_student
+
+
+def check_students(settings: SearchSettings) -> int:
+    """Refuse students that cannot learn, or be compared with the teacher when they are exported.
+
+    Returns:
+        How many layers the teacher has.
+
+    Raises:
+        InputError: the teacher or the objective cannot be used, the objective does not know the
+            teacher, or it learns a projection, which is no part of an exported student.
+    """
+    check_local(settings.teacher, "--teacher")
+    teacher = shape_of(load_config(settings.teacher, "--teacher", settings.revision))
+    if settings.tasks is not None and settings.max_length > teacher.positions:
+        raise InputError(
+            f"--max_length {settings.max_length}: students have the teacher's {teacher.positions} "
+            f"positions; give {teacher.positions} or less"
+        )
+    student = _shape(settings, teacher)
+    pair = LayerPair(student.layers, teacher.layers)
+    check_models(build_objective(settings.objective, Settings((pair,))), student, teacher)
+    by = settings.compared_by
+    objective = build_objective(by, Settings((pair,)))
+    if not objective.uses_teacher:
+        raise InputError(f"--yardstick {by}: it compares students with no teacher; give att-mse")
+    check_models(objective, student, teacher)
+    learnt = [
+        name
+        for name, one in zip(objective.names, objective.objectives, strict=True)
+        if one.projections(student, teacher)
+    ]
+    if learnt:
+        raise InputError(
+            f"held-out losses of {', '.join(learnt)} need learned maps (student's width "
+            f"{student.hidden}, teacher's {teacher.hidden}), which exported students lack; give "
+            "equal widths, or a --yardstick without maps, such as att-mse"
+        )
+    return teacher.layers
+
+
+def check_cuts(settings: SearchSettings, points: Iterable[Point]) -> None:
+    """Refuse cuts that the objective cannot learn from.
+
+    Raises:
+        InputError: there is one.
+    """
+    objective = build_objective(settings.objective, Settings(()))
+    for point in points:
+        for name, term in zip(objective.names, objective.objectives, strict=True):
+            term.check_cut(name, point.cut())
+
+
+def _shape(settings: SearchSettings, teacher: Shape) -> Shape:
+    """The student's shape, as `pretrain/run.py` makes it of the teacher's."""
+    hidden = settings.student_hidden or teacher.hidden
+    return replace(
+        teacher,
+        layers=settings.student_layers,
+        hidden=hidden,
+        heads=settings.student_heads or teacher.heads,
+        ffn=settings.student_ffn or teacher.ffn * hidden // teacher.hidden,
+    )
+
+
+def write_untrained(
+    settings: SearchSettings, manifest: Manifest, folder: Path, seeds: Iterable[int]
+) -> None:
+    """Write the students as they are before the first step of their training.
+
+    Raises:
+        InputError: the teacher or the student's sizes cannot be used.
+        OSError: they cannot be written.
+    """
+    teacher = load_encoder(settings.teacher, "--teacher", settings.revision)
+    shape = StudentConfig(
+        student_layers=settings.student_layers,
+        student_hidden=settings.student_hidden,
+        student_ffn=settings.student_ffn,
+        student_heads=settings.student_heads,
+        init=settings.init,
+        dropout=settings.dropout,
+    )
+    for seed in seeds:
+        model: Any = build_student(shape, teacher, manifest, seed).model
+        with whole_folder(folder / f"seed-{seed}") as beside:
+            model.save_pretrained(beside)
+            for file in (Path(settings.data) / TOKENIZER_FOLDER).iterdir():
+                shutil.copyfile(file, beside / file.name)

@@ -1,0 +1,104 @@
+"""Rows of stored knowledge, in any order, read with the batches that they belong to."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from zstandard import ZstdDecompressor, ZstdError
+
+from data_prep.row_maps import allow_open_files
+from data_prep.shard_format import TRAIN, VALIDATION
+from potstill.errors import InputError
+from pretrain.batches import VALIDATION_EPOCH, Batch
+from pretrain.knowledge.cuts import kept_counts
+from pretrain.knowledge.entries import Entry, record_type
+from pretrain.knowledge.format import SEAL_BYTES, KnowledgeManifest
+from pretrain.knowledge.layout import cut_of
+
+
+class KnowledgeReader:
+    """Reads records through memory maps that open when first needed.
+
+    Survives fork and pickling: only names and sizes travel.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: KnowledgeManifest, entries: tuple[Entry, ...]
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._type = record_type(entries)
+        self._packed = manifest.contents.compression == "zstd"
+        self._maps: dict[str, NDArray[Any]] = {}
+        self._cut = cut_of(manifest.contents)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory."""
+        return self._type.itemsize
+
+    def attach(self, batch: Batch) -> Batch:
+        """The batch with what is stored of its rows, and with the counts of what was kept."""
+        assert batch.rows is not None and batch.epochs is not None, "rows of shards are numbered"
+        contents = self.manifest.contents
+        held_out = bool(batch.epochs[0] == VALIDATION_EPOCH)
+        copies = 0 if held_out else batch.epochs % contents.copies * contents.rows[TRAIN]
+        records = self.read(VALIDATION if held_out else TRAIN, batch.rows + copies)
+        kept = kept_counts(batch, self._cut, contents.sep_id)._asdict()
+        return replace(batch, knowledge=fields_of(records), counts={**batch.counts, **kept})
+
+    def read(self, split: str, slots: NDArray[np.int64]) -> NDArray[Any]:
+        """The records of slots (n,) of a split, in that order."""
+        size = self.manifest.contents.rows_per_file
+        records = np.empty(len(slots), self._type)
+        files = slots // size
+        for number in np.unique(files):
+            places = np.flatnonzero(files == number)
+            records[places] = self._of_file(split, int(number), slots[places] - number * size)
+        return records
+
+    def _of_file(self, split: str, number: int, inside: NDArray[np.int64]) -> NDArray[Any]:
+        file = self.manifest.of_split(split)[number]
+        mapped = self._map(file.name, file.records)
+        if not self._packed:
+            return mapped[inside]
+        return np.array([self._unpacked(mapped, at, file.name) for at in inside.tolist()])
+
+    def _unpacked(self, mapped: NDArray[Any], at: int, name: str) -> Any:
+        start, end = mapped[8 * at : 8 * at + 16].view("<i8").tolist()
+        try:
+            content = ZstdDecompressor().decompress(
+                mapped[start:end].tobytes(), max_output_size=self._type.itemsize
+            )
+            return np.frombuffer(content, self._type)[0]
+        except (ZstdError, ValueError, IndexError) as error:
+            raise InputError(f"{self.folder / name}: record {at} is damaged ({error})") from error
+
+    def _map(self, name: str, records: int) -> NDArray[Any]:
+        if name not in self._maps:
+            allow_open_files(len(self.manifest.files))
+            path = self.folder / name
+            try:
+                mapped = np.memmap(path, np.uint8, "r")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} cannot be read ({error})") from error
+            body = np.asarray(mapped)[:-SEAL_BYTES]
+            if not self._packed:
+                if len(body) != records * self._type.itemsize:
+                    raise InputError(f"{path} does not hold {records} records; store it again")
+                body = body.view(self._type)
+            self._maps[name] = body
+        return self._maps[name]
+
+
+def fields_of(records: NDArray[Any]) -> Mapping[str, Tensor]:
+    """The fields of records (B,) as tensors (B, *shape) by name."""
+    names = records.dtype.names or ()
+    return {name: torch.from_numpy(np.ascontiguousarray(records[name])) for name in names}
