@@ -295,6 +295,7 @@ def _check_knowledge(
         )
     asked = {**vars(config.data), **vars(config.run)}
     check_agrees(knowledge, data_identity(Path(str(config.data.data))), manifest, asked)
+    knowledge.reader().check_sizes()
 
 
 def _load_teacher(

@@ -73,8 +73,15 @@ class RunData:
 
     def probe(self, rows: int) -> Batch:
         """The first held-out rows, the same on every rank."""
-        slices = Slices(min(rows, self._validation.rows), 1, 0, 1)
-        return next(self._held_out(slices, rows))[0]
+        rows = min(rows, self._held_out_rows)
+        return next(self._held_out(Slices(rows, 1, 0, 1), rows))[0]
+
+    @property
+    def _held_out_rows(self) -> int:
+        """How many there are; of stored knowledge, which may have fewer, those that it has."""
+        known = self._plan.knowledge
+        stored = known.manifest.contents.rows[VALIDATION] if known is not None else None
+        return self._validation.rows if stored is None else min(stored, self._validation.rows)
 
     def _held_out(self, slices: Slices, limit: int | None) -> Iterator[tuple[Batch, bool]]:
         return validation_batches(

@@ -127,7 +127,7 @@ def share_kept(point: Measured, points: Sequence[Measured], measure: str) -> flo
     if mean is None or len(ends) < 2 or None in ends or ends[0] == ends[1]:
         return None
     none, whole = (float(end) for end in ends if end is not None)
-    return (mean - none) / (whole - none)
+    return (mean - none) / (whole - none) + 0.0  # of -0 it makes 0
 
 
 def _entry(point: Measured) -> dict[str, Any]:

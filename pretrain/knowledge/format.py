@@ -4,8 +4,8 @@ KNOWLEDGE/identity.json     what is stored, of whom: written first, so that a ki
 KNOWLEDGE/knowledge.json    the same with every file's checksum: sealed, written last
 KNOWLEDGE/train-00000-of-00004.bin
     records of consecutive slots; slot = copy * rows + row. A record is a row's fields behind one
-    another (`entries.record_type`). Under zstd each record is a frame of its own, and a table of
-    int64 offsets, one more than records, stands in front. The last 32 bytes are the SHA-256 of all
+    another (`entries.record_type`). Under zstd each record is a frame of its own, with its size and
+    checksum, and a table of int64 offsets, one more than records, stands in front. The last 32 bytes are the SHA-256 of all
     before them, by which a run that goes on knows a whole file.
 """
 
@@ -142,7 +142,7 @@ def file_image(records: NDArray[Any], compression: str) -> bytes:
 
 
 def _compressed(records: NDArray[Any]) -> bytes:
-    squeeze = ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress
+    squeeze = ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress
     frames = [squeeze(record.tobytes()) for record in records]
     first = 8 * (len(frames) + 1)
     offsets = first + np.cumsum([0, *map(len, frames)], dtype="<i8")
@@ -211,6 +211,12 @@ def _check_files(manifest: KnowledgeManifest) -> None:
         raise ValueError(f"rows are {contents.rows}")
     if min(contents.copies, contents.rows_per_file, contents.seq_length) < 1:
         raise ValueError("copies, rows_per_file and seq_length must be positive")
+    if contents.compression not in ("none", "zstd"):
+        raise ValueError(f"compression is {contents.compression[:40]!r}")
+    splits = (VALIDATION, TRAIN)
+    number = sum(-(-contents.slots(split) // contents.rows_per_file) for split in splits)
+    if number != len(manifest.files):  # before so many are listed
+        raise ValueError(f"it names {len(manifest.files)} files, its rows need {number}")
     expected = [(part.name, part.split, len(part.slots)) for part in parts_of(contents)]
     if [(file.name, file.split, file.records) for file in manifest.files] != expected:
         raise ValueError("its files are not those of its rows")

@@ -13,6 +13,7 @@ from pretrain.knowledge.hidden import CutHidden, CutScores, Whole
 from pretrain.knowledge.top_logits import TopK, WholeLogits
 from pretrain.masking import most_masked
 from pretrain.models import Shape
+from pretrain.objectives.base import Objective
 from pretrain.objectives.composite import WeightedSum
 
 _SCORES = {"query": "query-key", "key": "query-key", "value": "value-value"}
@@ -88,7 +89,8 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
     """Refuse an objective that asks for more than what is stored.
 
     Raises:
-        InputError: a feature that is not stored, or only of the first token.
+        InputError: a feature that is not stored, or only of the first token, or predictions at
+            another temperature.
     """
     cut = cut_of(contents)
     stored = {(one.kind, one.at): one for one in contents.features}
@@ -108,3 +110,15 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
             )
     for name, term in zip(objective.names, objective.objectives, strict=True):
         term.check_cut(name, cut)
+        _check_temperature(contents, term)
+
+
+def _check_temperature(contents: Contents, term: Objective) -> None:
+    """Refuse likeliest tokens whose probabilities are those of another temperature."""
+    asked, stored = term.settings.temperature, contents.kd_temperature
+    learns = any(kind in ("logits", "predictions") for kind, _ in term.teacher_features())
+    if contents.logits_top_k and learns and asked != stored:
+        raise InputError(
+            f"--kd_temperature {asked}: --knowledge has the likeliest tokens at temperature "
+            f"{stored}; give --kd_temperature {stored}, or store it again"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from zstandard import ZstdDecompressor, ZstdError
+from zstandard import ZstdDecompressor, ZstdError, frame_content_size
 
 from data_prep.row_maps import allow_open_files
 from data_prep.shard_format import TRAIN, VALIDATION
@@ -66,7 +66,7 @@ class KnowledgeReader:
 
     def _of_file(self, split: str, number: int, inside: NDArray[np.int64]) -> NDArray[Any]:
         file = self.manifest.of_split(split)[number]
-        mapped = self._map(file.name, file.records)
+        mapped = self._map(file.name)
         if not self._packed:
             return mapped[inside]
         return np.array([self._unpacked(mapped, at, file.name) for at in inside.tolist()])
@@ -74,27 +74,44 @@ class KnowledgeReader:
     def _unpacked(self, mapped: NDArray[Any], at: int, name: str) -> Any:
         start, end = mapped[8 * at : 8 * at + 16].view("<i8").tolist()
         try:
-            content = ZstdDecompressor().decompress(
-                mapped[start:end].tobytes(), max_output_size=self._type.itemsize
-            )
-            return np.frombuffer(content, self._type)[0]
-        except (ZstdError, ValueError, IndexError) as error:
-            raise InputError(f"{self.folder / name}: record {at} is damaged ({error})") from error
+            frame = mapped[start:end].tobytes()
+            if (size := frame_content_size(frame)) != self._type.itemsize:  # memory of a bad frame
+                raise ValueError(f"{size} bytes in place of {self._type.itemsize}")
+            return np.frombuffer(ZstdDecompressor().decompress(frame), self._type)[0]
+        except (ZstdError, ValueError) as error:
+            raise InputError(
+                f"{self.folder / name}: record {at} is damaged ({error}); copy the file again"
+            ) from error
 
-    def _map(self, name: str, records: int) -> NDArray[Any]:
+    def check_sizes(self) -> None:
+        """Look whether all files are there, and large enough for what they should hold.
+
+        Raises:
+            InputError: one is not.
+        """
+        for file in self.manifest.files:
+            path = self.folder / file.name
+            try:
+                size = path.stat().st_size - SEAL_BYTES
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+            table = 8 * (file.records + 1)
+            whole = size > table if self._packed else size == file.records * self._type.itemsize
+            if not whole:
+                raise InputError(
+                    f"{path} does not hold {file.records} records of {self._type.itemsize} bytes; "
+                    "copy it again"
+                )
+
+    def _map(self, name: str) -> NDArray[Any]:
         if name not in self._maps:
             allow_open_files(len(self.manifest.files))
             path = self.folder / name
             try:
-                mapped = np.memmap(path, np.uint8, "r")
+                mapped = np.asarray(np.memmap(path, np.uint8, "r"))[:-SEAL_BYTES]
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} cannot be read ({error})") from error
-            body = np.asarray(mapped)[:-SEAL_BYTES]
-            if not self._packed:
-                if len(body) != records * self._type.itemsize:
-                    raise InputError(f"{path} does not hold {records} records; store it again")
-                body = body.view(self._type)
-            self._maps[name] = body
+            self._maps[name] = mapped if self._packed else mapped.view(self._type)
         return self._maps[name]
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from data_prep.shard_format import VALIDATION, Manifest
+from data_prep.shard_format import TRAIN, VALIDATION, Manifest
 from potstill.errors import InputError
 from pretrain.batches import BATCHES_VERSION, Batch
 from pretrain.features import Feature, Features
 from pretrain.knowledge.cuts import Cut
-from pretrain.knowledge.entries import Entry
+from pretrain.knowledge.entries import Entry, record_type
 from pretrain.knowledge.format import (
+    MANIFEST,
     KnowledgeManifest,
     damaged,
     read_knowledge_manifest,
@@ -57,8 +58,20 @@ class Knowledge:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """What a row's record is made of."""
-        return make_entries(self.manifest.contents, self.teacher.shape)
+        """What a row's record is made of.
+
+        Raises:
+            InputError: the manifest asks for what cannot be.
+        """
+        try:
+            entries = make_entries(self.manifest.contents, self.teacher.shape)
+            record_type(entries)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"{self.folder / MANIFEST} describes no features that can be ({error!r}); store "
+                "them again"
+            ) from error
+        return entries
 
     @property
     def cut(self) -> Cut:
@@ -144,13 +157,13 @@ def check_agrees(
         raise InputError(
             f"{blamed} has rows of {contents.seq_length} tokens, --data of {manifest.seq_length}"
         )
-    if contents.shards != shards:
+    if contents.shards != shards or contents.rows[TRAIN] != manifest.splits[TRAIN].rows:
         raise InputError(f"{blamed} was stored from other shards than --data; store it again")
     if contents.batches_version != BATCHES_VERSION:
         raise InputError(f"{blamed} has masks as an older Potstill drew them; store it again")
     masks = ("mlm_probability", "mask_whole_words", "copies", "seed")
     unmasked = asked["mlm_probability"] == contents.mlm_probability == 0
-    for flag in masks[:1] if unmasked else masks:
+    for flag in ("mlm_probability", "copies") if unmasked else masks:
         if asked[flag] != (stored := getattr(contents, flag)):
             raise InputError(f"{blamed} was stored with --{flag} {stored}, not {asked[flag]}")
     rows, held_out = asked["validation_rows"], contents.rows[VALIDATION]

@@ -1,6 +1,7 @@
 """Runs the teacher over rows and writes its knowledge, file by file, shared among ranks."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
+from tqdm.auto import tqdm
 
 from data_prep.shard_format import TRAIN, VALIDATION, ShardReader
 from potstill.console import progress, say
+from potstill.errors import PotstillError
 from potstill.files import remove_leftovers, sha256_of, write_bytes, write_json
 from pretrain.agreement import from_main_rank
 from pretrain.attention import choose_attention
@@ -114,18 +117,44 @@ def store(job: Job, device: torch.device) -> None:
     if len(missing) < len(parts):
         say(f"resume     {len(parts) - len(missing)} of {len(parts)} files are whole")
     teacher, rows = live_teacher(job, device), rows_of(job)
-    own = missing[dist.get_rank() :: dist.get_world_size()]
-    total = sum(len(part.slots) for part in own)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    total = sum(len(part.slots) for part in missing[rank::ranks])
     with progress(total=total, desc="storing", unit=" rows") as bar:
-        for part in own:
-            records = []
-            for batch in rows.batches(part):
-                records.append(records_of(job.entries, teacher, batch, device))
-                bar.update(len(batch.input_ids))
-            image = file_image(np.concatenate(records), job.contents.compression)
-            write_bytes(folder / part.name, image)
+        for first in range(0, len(missing), ranks):
+            with _together():
+                for part in missing[first : first + ranks][rank : rank + 1]:
+                    _write(job, part, rows, teacher, device, bar)
     files = _described(folder, parts)
     from_main_rank(lambda: write_manifest(folder, job.contents, files))
+
+
+def _write(
+    job: Job, part: Part, rows: Rows, teacher: Teacher, device: torch.device, bar: "tqdm[Any]"
+) -> None:
+    records = []
+    for batch in rows.batches(part):
+        records.append(records_of(job.entries, teacher, batch, device))
+        bar.update(len(batch.input_ids))
+    image = file_image(np.concatenate(records), job.contents.compression)
+    write_bytes(job.config.folder / part.name, image)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A block that ends on every rank before any goes on; what one rank meets, all raise.
+
+    Else the others would wait for it without an end, and rank 0 could not tell what it was.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except (PotstillError, OSError) as error:
+        fault = error
+    faults: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    for met in faults:
+        if met is not None:
+            raise met
 
 
 def _begin(job: Job) -> None:

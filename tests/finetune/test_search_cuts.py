@@ -392,6 +392,8 @@ def test_tables_hold_mean_spread_and_the_share_of_the_gain(made: Path) -> None:
     lines = summary(points, [{"name": "1l", "reason": "no room | at all"}]).splitlines()
     row = next(line for line in lines if line.startswith("| 1l_1t "))
     assert row == "| 1l_1t |  | 6 | 2.1 ± 0.14 | 82 ± 2.8 | 50% | 12 | 12 |"
+    row = next(line for line in lines if line.startswith("| none "))
+    assert row.split(" | ")[-3] == "0%"
     row = next(line for line in lines if line.startswith("| 2t "))
     assert row == "| 2t |  | 24 | 2.6 ± 0.14 | undefined | 25% | 12 | 12 |"
     assert lines[-1] == "| 1l | no room / at all |"
