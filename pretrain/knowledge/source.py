@@ -166,8 +166,8 @@ def check_agrees(
     for flag in ("mlm_probability", "copies") if unmasked else masks:
         if asked[flag] != (stored := getattr(contents, flag)):
             raise InputError(f"{blamed} was stored with --{flag} {stored}, not {asked[flag]}")
-    rows, held_out = asked["validation_rows"], contents.rows[VALIDATION]
-    if (rows or manifest.splits[VALIDATION].rows) > held_out:
+    held_out, there = contents.rows[VALIDATION], manifest.splits[VALIDATION].rows
+    if min(asked["validation_rows"] or there, there) > held_out:
         raise InputError(
             f"{blamed} has {held_out} validation rows: give --validation_rows {held_out} or less"
         )
