@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _LEVELS = 2**16
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 2**17
 """Elements that are worked on at a time, so that all passes over them find them in the cache."""
 
@@ -34,8 +35,8 @@ def drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor, float]:
     rest, kept = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     for part, flags, out in _blocks(x, kept, rest):
         words = stream.random_raw(-(-len(part) // 4)).view(np.int16)
-        torch.ge(torch.from_numpy(words)[: len(part)], dropped - _LEVELS // 2, out=flags)
-        torch.mul(part, flags.to(x.dtype), out=out)
+        np.greater_equal(words[: len(part)], dropped - _LEVELS // 2, out=flags.numpy())
+        _select(part, flags, out)
     return rest, kept, _LEVELS / (_LEVELS - dropped)
 
 
@@ -43,10 +44,19 @@ def keep(x: Tensor, kept: Tensor, scale: float = 1.0) -> Tensor:
     """`x`, contiguous, times `scale` where `kept`, otherwise 0."""
     rest = torch.empty_like(x)
     for part, flags, out in _blocks(x, kept, rest):
-        torch.mul(part, flags.to(x.dtype), out=out)
+        _select(part, flags, out)
         if scale != 1:  # not into the flags: in bfloat16 the scale itself would be rounded
             out.mul_(scale)
     return rest
+
+
+def _select(part: Tensor, flags: Tensor, out: Tensor) -> None:
+    """Write `part` to `out` where `flags`, otherwise 0, as products of integers with 0 or 1.
+
+    NumPy's take a tenth of the time of PyTorch's with a flag turned into a floating-point number.
+    """
+    whole = _INTEGERS[part.element_size()]
+    np.multiply(part.view(whole).numpy(), flags.numpy(), out=out.view(whole).numpy())
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

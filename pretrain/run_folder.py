@@ -18,12 +18,13 @@ from pretrain.checkpoint import RECORD as CHECKPOINT_RECORD
 from pretrain.checkpoint import checkpoints_in, newest_whole, read_record, verify_checkpoint
 from pretrain.config import Config
 from pretrain.ds_config import BatchSizes, batch_sizes, precision
+from pretrain.knowledge.format import IDENTITY as KNOWLEDGE_IDENTITY
 from pretrain.knowledge.format import MANIFEST as KNOWLEDGE_MANIFEST
 from pretrain.students import Member, Stop, where_stopped
 
 RECORD = "config.json"
 LOCK = ".lock"
-OWN = (RECORD, "ds_config.json", "environment.json")
+OWN = (RECORD, "ds_config.json", "environment.json", KNOWLEDGE_IDENTITY)
 """What a start writes first."""
 CHECKPOINTS = "checkpoints"
 

@@ -53,8 +53,10 @@ def _show_cost(plan: Plan) -> None:
     """FLOPs, and what is saved by one teacher forward for all students."""
     schedule, together = plan.config.schedule, plan.flops_per_token
     models = "both models" if len(plan.students) == 1 else "teacher and all students"
+    if plan.knowledge is not None:
+        models = "the student alone" if len(plan.students) == 1 else "all students"
     say(f"cost       {together / 1e6:.1f} MFLOP per token, {models}")
-    if len(plan.students) > 1:
+    if len(plan.students) > 1 and plan.knowledge is None:
         alone = sum(alone_flops(plan, own) for own in plan.students)
         say(
             f"sharing    one teacher forward for {len(plan.students)} students: "

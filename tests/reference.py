@@ -299,3 +299,18 @@ def pearson(
                 )
             )
     return mean(distances)
+
+
+def codec_bound(value: float, largest: float, precision: str) -> float:
+    """How far a number on disk may be off, in a vector whose largest one is `largest`.
+
+    A floating-point number with p bits behind its first is off by 2^-(p + 1) of itself, or by half
+    of the smallest step. In 8 bits numbers are divided by s = largest / 127 (int8) or / 448 (fp8
+    e4m3: p = 3, steps of 2^-9 at the least), s itself being rounded to bfloat16, by 2^-9 at most.
+    """
+    if precision == "int8":
+        return largest / 127 * (1 + 2**-9) / 2
+    if precision == "fp8":
+        return max(abs(value) * 2**-4, largest / 448 * (1 + 2**-9) * 2**-10)
+    bits, step = {"fp32": (23, 2**-149), "bf16": (7, 2**-133), "fp16": (10, 2**-24)}[precision]
+    return max(abs(value) * 2 ** -(bits + 1), step / 2)

@@ -5,8 +5,8 @@ KNOWLEDGE/knowledge.json    the same with every file's checksum: sealed, written
 KNOWLEDGE/train-00000-of-00004.bin
     records of consecutive slots; slot = copy * rows + row. A record is a row's fields behind one
     another (`entries.record_type`). Under zstd each record is a frame of its own, with its size and
-    checksum, and a table of int64 offsets, one more than records, stands in front. The last 32 bytes are the SHA-256 of all
-    before them, by which a run that goes on knows a whole file.
+    checksum, and a table of int64 offsets, one more than records, stands in front. The last 32
+    bytes are the SHA-256 of all before them, by which a run that goes on knows a whole file.
 """
 
 import hashlib

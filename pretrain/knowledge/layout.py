@@ -93,6 +93,9 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
             another temperature.
     """
     cut = cut_of(contents)
+    for name, term in zip(objective.names, objective.objectives, strict=True):
+        term.check_cut(name, cut)
+        _check_temperature(contents, term)
     stored = {(one.kind, one.at): one for one in contents.features}
     first_only = {(one.kind, one.at): one.first_token for one in features_of(objective, cut)}
     for feature in sorted(wanted, key=str):
@@ -108,9 +111,6 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
                 f"--knowledge has {kind} {at} of the first token only, as --objective "
                 f"{contents.objective} asks for; store it again for this objective"
             )
-    for name, term in zip(objective.names, objective.objectives, strict=True):
-        term.check_cut(name, cut)
-        _check_temperature(contents, term)
 
 
 def _check_temperature(contents: Contents, term: Objective) -> None:

@@ -97,7 +97,7 @@ class KnowledgeReader:
                 raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
             table = 8 * (file.records + 1)
             whole = size > table if self._packed else size == file.records * self._type.itemsize
-            if not whole:
+            if not (whole and path.is_file()):
                 raise InputError(
                     f"{path} does not hold {file.records} records of {self._type.itemsize} bytes; "
                     "copy it again"

@@ -39,7 +39,12 @@ class KnowledgeConfig:
         "S:T,S:T. Default: the objective's own."
     )
     student_layers: int | None = option(
-        "The students' layers, where it depends on them which teacher layers are needed."
+        "The students' layers, where it depends on them which teacher layers are needed; for "
+        "--plan, default: half of the teacher's."
+    )
+    student_hidden: int | None = option("For --plan: the students' width. Default: the teacher's.")
+    epochs: int | None = option(
+        "For --plan: passes of a student over the rows. Default: one over every copy."
     )
     kd_temperature: float | None = option("Temperature of kd. Default: the objective's own.")
     kd_positions: Literal["masked", "all"] | None = option(
@@ -100,9 +105,19 @@ class KnowledgeConfig:
         needed = ("ds_config", "teacher", "data", "objective")
         for name in needed if self.plan else (*needed, "output"):
             check(getattr(self, name) is not None, f"--{name} is missing; see --help")
-        for name in ("student_layers", "kd_temperature", "logits_top_k", "validation_rows"):
+        for name in (
+            "student_layers",
+            "student_hidden",
+            "epochs",
+            "kd_temperature",
+            "logits_top_k",
+            "validation_rows",
+        ):
             value = getattr(self, name)
             check(value is None or value > 0, f"--{name} {value} must be positive")
+        for name in ("student_hidden", "epochs"):
+            value = getattr(self, name)
+            check(self.plan or value is None, f"--{name} {value} is for --plan: drop it, or plan")
         rows = self.rows_per_file
         check(rows is None or rows > 0, f"--rows_per_file {rows} must be positive")
         check(

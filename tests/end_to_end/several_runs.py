@@ -2,19 +2,21 @@
 
 several_runs.py RUNS.json     a list of argument lists, and of shell commands to do between them
 
-A run that fails is no end: behind each, rank 0 prints `ended with STATUS` to both streams, and the
-worst of them is the status of the start. A run that was told to leave is the last.
+A list that begins with the word `cache_knowledge` is for that program. A run that fails is no end:
+behind each, rank 0 prints `ended with STATUS` to both streams, and the worst of them is the status
+of the start. A run that was told to leave is the last.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import distributed as dist
 
 from potstill.console import is_main_rank
-from pretrain import run
+from pretrain import cache_knowledge, run
 
 
 def main() -> None:
@@ -45,9 +47,12 @@ def do_alone(command: str) -> None:
 
 def status_of(arguments: list[str]) -> int:
     """Do a run; the exit status that it would have had."""
-    sys.argv = ["pretrain/run.py", *arguments]
+    program: Callable[[], None] = run.main
+    if arguments[0] == "cache_knowledge":
+        program, arguments = cache_knowledge.main, arguments[1:]
+    sys.argv = ["program", *arguments]
     try:
-        run.main()
+        program()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -1,10 +1,13 @@
 """Which rows a rank sees: permutations, slices, validation shares, loader workers."""
 
 import hashlib
+import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,3 +262,82 @@ def test_positions_are_those_of_valid_tokens_and_left_out_of_full_rows() -> None
 def test_moving_a_batch_keeps_what_is_in_it() -> None:
     batch = ragged_batch((5, 2))
     assert same(batch.to(torch.device("cpu")), batch)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_copies_of_a_row_are_the_first_epochs_masks_again_and_again(
+    shards: Path, copies: int
+) -> None:
+    """The order stays that of a run without copies; epoch e has the masks of e modulo copies."""
+    slices, steps = Slices(4, 1, 0, 1), range(23 * 5 // 4)
+    plain = batches_of(shards, slices)
+    reader, masking = plain.reader, plain.masking
+    counted = TrainingBatches(reader, masking, 0, slices, 5, copies)
+    differing = 0
+    for step in steps:
+        found, before = counted[step][0], plain[step][0]
+        assert found.rows is not None and found.epochs is not None and before.epochs is not None
+        assert found.rows.tolist() == row_numbers(found) == row_numbers(before)
+        assert found.epochs.tolist() == (before.epochs % copies).tolist()
+        ids = original_ids(before).numpy()
+        assert same(found, make_batch(ids, before.epochs % copies, found.rows, masking, 0))
+        differing += not same(found, before)
+    assert differing > (5 - copies) * 23 // 4 / 2
+
+
+class Stored:
+    """What is stored of a row: its number, and the copy."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self.row_bytes = row_bytes
+
+    def attach(self, batch: Batch) -> Batch:
+        assert batch.rows is not None and batch.epochs is not None
+        fields = {
+            "number": torch.from_numpy(batch.rows * 10 + batch.epochs),
+            "bits": torch.from_numpy(batch.rows[:, None].astype(np.uint8)),
+        }
+        kept = {"kept_tokens": len(batch.rows)}
+        return replace(batch, knowledge=fields, counts={**batch.counts, **kept})
+
+
+def with_knowledge(shards: Path, row_bytes: int = 8) -> TrainingBatches:
+    plain, slices = batches_of(shards, Slices(4, 1, 0, 1)), Slices(4, 1, 0, 1)
+    stored: Any = Stored(row_bytes)
+    return TrainingBatches(plain.reader, plain.masking, 0, slices, 5, 2, stored)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_knowledge_comes_with_its_rows_through_any_workers(shards: Path, workers: int) -> None:
+    found = first_steps(with_knowledge(shards), 3, 20, workers)
+    seen = set()
+    for batch in found:
+        assert batch.knowledge is not None and batch.epochs is not None
+        numbers = batch.knowledge["number"].tolist()
+        assert [number // 10 for number in numbers] == row_numbers(batch)
+        assert [number % 10 for number in numbers] == batch.epochs.tolist()
+        assert batch.knowledge["bits"].dtype == torch.uint8
+        assert batch.counts["kept_tokens"] == 4
+        seen |= set(batch.epochs.tolist())
+    assert seen == {0, 1}
+
+
+def test_a_group_holds_no_more_knowledge_than_fits(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 10 bytes, 125 bytes at once: 12 rows, 3 micro-batches of 4."""
+    monkeypatch.setattr("pretrain.batches.GROUP_BYTES", 125)
+    assert with_knowledge(shards, 10).group == 3
+    assert with_knowledge(shards, 10**6).group == 1
+
+
+def test_a_pickled_batch_keeps_its_knowledge_rows_and_epochs(shards: Path) -> None:
+    batch = with_knowledge(shards)[7][0]
+    for moved in (pickle.loads(pickle.dumps(batch)), batch.to(torch.device("cpu"))):
+        assert same(moved, batch)
+        assert np.array_equal(moved.rows, batch.rows)
+        assert np.array_equal(moved.epochs, batch.epochs)
+        assert batch.knowledge is not None and moved.knowledge.keys() == batch.knowledge.keys()
+        assert all(torch.equal(moved.knowledge[n], v) for n, v in batch.knowledge.items())
+    alone = pickle.loads(pickle.dumps(ragged_batch((5, 2))))
+    assert alone.knowledge is None and same(alone, ragged_batch((5, 2)))
