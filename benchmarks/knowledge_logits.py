@@ -29,12 +29,12 @@ from pretrain.attention import choose_attention
 from pretrain.batches import NO_LABEL, VALIDATION_EPOCH, Batch, make_batch
 from pretrain.encoder import encode
 from pretrain.features import Feature, Positions, TopLogits
+from pretrain.knowledge.format import ZSTD_LEVEL
 from pretrain.knowledge.top_logits import TopK
 from pretrain.masking import shard_masking
 from pretrain.models import load_encoder
 
 TOKENS = (8, 12, 16, 24, 28, 32, 40, 45, 50, 64, 80, 90, 100, 112, 128)
-ZSTD_LEVEL = 9
 README = {  # the configurations that DistillKit's README recommends, but for the vocabulary
     "recommended": (128, 16, [0, 1, 2, 3, 4, "sqrt"]),
     "budget": (50, 1, [0, 1, "sqrt"]),
@@ -121,7 +121,7 @@ class Tally:
     def __init__(self, store: Store, masked: bool) -> None:
         self.store, self.masked, self.apart = store, masked, list[Tensor]()
         self.plain = self.packed = 0
-        self.zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self.zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
 
     def take(self, logits: Tensor, batch: Batch) -> None:
         records, top = self.store(logits, batch)

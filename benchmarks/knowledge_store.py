@@ -40,7 +40,7 @@ from pretrain.run_folder import release_folder
 
 @dataclass(frozen=True)
 class Way:
-    """One way to store an objective's knowledge: its name in tables, flags of cache_knowledge.py."""
+    """One way to store knowledge: its name in tables, and flags of cache_knowledge.py."""
 
     name: str
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def store_knowledge(flags: Mapping[str, Any], output: Path) -> Job:
 
 def compressed(source: Path, output: Path) -> Path:
     """The same knowledge under zstd: what `--compression zstd` writes, but no teacher runs."""
-    knowledge = open_knowledge(source, check_files=False)
+    knowledge = open_knowledge(source)
     contents = replace(knowledge.manifest.contents, compression="zstd")
     reader, files = knowledge.reader(), []
     output.mkdir()
@@ -99,12 +99,12 @@ def compressed(source: Path, output: Path) -> Path:
 
 def open_reader(folder: Path) -> KnowledgeReader:
     """Reads a knowledge's rows."""
-    return open_knowledge(folder, check_files=False).reader()
+    return open_knowledge(folder).reader()
 
 
 def bytes_per_token(folder: Path) -> float:
     """Of the files of training rows."""
-    manifest: KnowledgeManifest = open_knowledge(folder, check_files=False).manifest
+    manifest: KnowledgeManifest = open_knowledge(folder).manifest
     files = manifest.of_split(TRAIN)
     size = sum((folder / file.name).stat().st_size for file in files)
     return size / (sum(file.records for file in files) * manifest.contents.seq_length)

@@ -24,7 +24,7 @@ from finetune.search.points import Point, points_of
 from finetune.search.results import read_points, write_tables
 from finetune.search.runs import Runner
 from finetune.search.settings import SearchSettings, parse
-from finetune.search.students import check_cuts, check_students
+from finetune.search.students import check_students
 from potstill.console import program, progress, say
 from potstill.errors import PotstillError, TrainingError
 from potstill.signals import Signalled, Stopped, raised_signals
@@ -40,14 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             manifest = read_manifest(Path(settings.data))
             layers = check_students(settings)
             points = points_of(settings, layers, manifest.seq_length)
-            check_cuts(settings, points)
+            runner = Runner(settings, manifest, layers)
+            runner.check(points)
             search = describe(settings)
             if settings.dry_run:
                 say("\n".join(point.name for point in points))
                 return
             output = Path(os.path.abspath(settings.output))
             with claim(output, search):
-                run(settings, Runner(settings, manifest, layers), points, output)
+                run(settings, runner, points, output)
     except Signalled as signalled:
         kept = "what is done is kept: run the same command again, and it goes on"
         raise Stopped(signalled.number, kept) from None

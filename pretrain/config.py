@@ -52,7 +52,8 @@ class DataConfig:
     )
     loader_workers: int = option("Processes that prepare batches; 0: in the training process.", 0)
     check_shards: bool = option(
-        "Compare all files of --data with their checksums before training; ranks share the work.",
+        "Compare all files of --data and --knowledge with their checksums before training; ranks "
+        "share the work.",
         True,
     )
     on_bad_shard: Literal["stop", "skip"] = option(
@@ -388,10 +389,19 @@ class Config:
     def __post_init__(self) -> None:
         for part in fields(self):
             check_values(getattr(self, part.name))
+        stored, running = self.teacher.knowledge is not None, self.acceleration
         check(
-            self.objective.cut_form == "kept" or self.teacher.knowledge is not None,
+            self.objective.cut_form == "kept" or stored,
             f"--cut_form {self.objective.cut_form} is for cut --knowledge, of which there is none",
         )
+        for name, used in (
+            ("teacher_precision", running.teacher_precision != "auto"),
+            ("teacher_stream", running.teacher_stream),
+        ):
+            check(
+                not (stored and used),
+                f"--{name} is for a teacher that runs, and --knowledge takes its place; drop one",
+            )
         check(
             bool(self.objective.objective or self.run.students),
             "--objective is missing: for example att-mse",
@@ -410,6 +420,7 @@ class Config:
         free |= {"preset", "output", "ds_config", "validation_rows", "students", "loss_form"}
         free |= {"max_skipped_steps", "early_stop_after", "early_stop_loss"}
         free |= {"compile", "gradient_checkpointing", "teacher_stream"}
+        free |= {"cut_form"} if self.teacher.knowledge is None else set()
         settings = {k: v for part in asdict(self).values() for k, v in part.items()}
         return {name: value for name, value in settings.items() if name not in free}
 

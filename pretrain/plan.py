@@ -171,6 +171,8 @@ def make_plan(config: Config, device: torch.device) -> Plan:
                     cost,
                 )
             )
+    if knowledge is not None and config.data.check_shards:
+        knowledge.check_files()  # last: it reads all of them
     dist.barrier()  # no rank writes to the folder before all have looked
     return Plan(
         config=config,
@@ -281,7 +283,7 @@ def _bad_files(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 def _open_knowledge(config: Config) -> Knowledge | None:
     folder = config.teacher.knowledge
-    return None if folder is None else open_knowledge(Path(folder), config.data.check_shards)
+    return None if folder is None else open_knowledge(Path(folder))
 
 
 def _check_knowledge(

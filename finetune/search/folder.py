@@ -26,14 +26,19 @@ from finetune.search.points import Point
 from finetune.search.settings import SearchSettings
 from finetune.tasks import load
 from potstill.errors import InputError
-from potstill.files import is_leftover, remove_leftovers, sha256_of, write_json
+from potstill.files import is_leftover, remove_leftovers, write_json
 from potstill.lock import Lock, hold
+from pretrain.ds_config import read_ds_config
+from pretrain.run_folder import data_identity
 
 SEARCH_FILE, RECORDS, FAILED = "search.json", "records", "failed"
 FREE = {  # what may differ when a search goes on: what it grows by, and where things lie
     *("output", "data", "teacher", "ds_config", "task_data", "budget_hours", "dry_run"),
     *("keeps", "depths", "lengths", "widths", "keep_depth", "keep_length", "keep_width", "tasks"),
 }
+
+TUNING = ("max_length", "task_rows", "epochs", "task_lr", "task_batch_size")
+"""Settings that count only beside tasks."""
 
 
 def describe(settings: SearchSettings) -> dict[str, Any]:
@@ -44,22 +49,16 @@ def describe(settings: SearchSettings) -> dict[str, Any]:
     """
     shared = {n: value for n, value in asdict(settings).items() if n not in FREE}
     teacher = Path(settings.teacher)
+    # Its keys in order, so that only what it says counts.
+    ds_config = json.dumps(read_ds_config(Path(settings.ds_config)), sort_keys=True)
     tasks = {task: load(settings.task_settings(task)).sha256 for task in settings.task_names}
     return {
         "settings": shared,
         "teacher": fingerprint(teacher) if teacher.is_dir() else settings.teacher,
-        "shards_sha256": sha256_of(Path(settings.data) / "manifest.json"),
-        "ds_config_sha256": hashlib.sha256(_ds_config(settings).encode()).hexdigest(),
+        "shards_sha256": data_identity(Path(settings.data)),
+        "ds_config_sha256": hashlib.sha256(ds_config.encode()).hexdigest(),
         "tasks": tasks,
     }
-
-
-def _ds_config(settings: SearchSettings) -> str:
-    """The ds_config with its keys in order, so that only what it says counts."""
-    try:
-        return json.dumps(json.loads(Path(settings.ds_config).read_text()), sort_keys=True)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--ds_config {settings.ds_config}: cannot be read ({error})") from error
 
 
 def claim(output: Path, search: Mapping[str, Any]) -> Lock:
@@ -103,7 +102,9 @@ def _read(output: Path) -> dict[str, Any] | None:
 
 
 def _merged(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
-    """The search that is there with the tasks of both."""
+    """The search that is there with the tasks of both; without tasks no fine-tuning differs."""
+    tuned = here if here["tasks"] else there
+    idle = () if there["tasks"] and here["tasks"] else TUNING
     before, now = (
         {**one["settings"], **{n: one[n] for n in one if n not in ("settings", "tasks")}}
         for one in (there, here)
@@ -111,7 +112,7 @@ def _merged(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> 
     differing = [
         f"{name} is {json.dumps(before.get(name))} there and {json.dumps(value)} here"
         for name, value in now.items()
-        if before.get(name) != value
+        if name not in idle and before.get(name) != value
     ]
     differing += [
         f"the rows of {task} are others"
@@ -122,7 +123,8 @@ def _merged(output: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> 
         raise InputError(
             f"--output {output}: another search's folder ({'; '.join(differing)}); give a new one"
         )
-    return {**here, "tasks": {**there["tasks"], **here["tasks"]}}
+    settings = here["settings"] | {name: tuned["settings"][name] for name in TUNING}
+    return {**here, "settings": settings, "tasks": {**there["tasks"], **here["tasks"]}}
 
 
 def read_own(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,10 @@ from potstill.console import say
 from potstill.errors import TrainingError
 from potstill.files import write_json
 from potstill.signals import Signalled
+from pretrain import config as training
+from pretrain.knowledge import settings as storing
+from pretrain.knowledge.job import check_cut
+from pretrain.objectives import Settings, build_objective
 
 STORE, TRAINING, VALIDATE = "store", "train", "validate"
 PROGRAMS = Path(str(pretrain.__file__)).parent
@@ -44,6 +48,18 @@ class Runner:
         self._teacher_layers = teacher_layers
         self._output = Path(os.path.abspath(settings.output))
         self._seeds = range(settings.seeds)
+
+    def check(self, points: Iterable[Point]) -> None:
+        """Refuse cuts that the objective cannot learn from, and flags that a program would refuse.
+
+        Raises:
+            InputError: there is one.
+        """
+        objective = build_objective(self._settings.objective, Settings(()))
+        for point in points:
+            if point.keep != NONE:
+                check_cut(storing.parse_config(self._storing(point)), point.cut(), objective)
+                training.parse_config([*self._training(point), "--output", str(self._output)])
 
     def run(self, point: Point) -> None:
         """Do what is not done of a point.
@@ -87,18 +103,20 @@ class Runner:
 
     def _store(self, point: Point) -> dict[str, Any]:
         """Run the teacher over all rows; bytes of the training rows, per token of a row."""
-        folder, settings = self._output / "knowledge" / point.name, self._settings
+        self._execute(point, STORE, ["cache_knowledge.py", *self._storing(point)])
+        size = sum(path.stat().st_size for path in self._knowledge(point).glob("train-*"))
+        rows = self._manifest.splits[TRAIN].rows * self._settings.copies
+        return {"bytes": size, "bytes_per_token": size / (rows * self._manifest.seq_length)}
+
+    def _storing(self, point: Point) -> list[str]:
+        """The flags of `cache_knowledge.py`."""
+        settings = self._settings
         layers = [] if self._layers_of(point) else ["--layers", settings.layers]
-        self._execute(
-            point,
-            STORE,
-            ["cache_knowledge.py", *settings.flags(*INPUTS, *STORING, "objective")]
-            + [*settings.flags("student_layers"), *layers, *point.flags]
-            + ["--output", str(folder)],
-        )
-        size = sum(path.stat().st_size for path in folder.glob("train-*"))
-        tokens = self._manifest.splits[TRAIN].rows * settings.copies * self._manifest.seq_length
-        return {"bytes": size, "bytes_per_token": size / tokens}
+        shared = settings.flags(*INPUTS, *STORING, "objective", "student_layers")
+        return [*shared, *layers, *point.flags, "--output", str(self._knowledge(point))]
+
+    def _knowledge(self, point: Point) -> Path:
+        return self._output / "knowledge" / point.name
 
     def _layers_of(self, point: Point) -> str | None:
         """The layers to learn from where the cut says so."""
@@ -112,21 +130,23 @@ class Runner:
 
     def _train(self, point: Point) -> dict[str, Any]:
         """Train a student for each seed, all in one run: {seed: folder}."""
-        settings, folder = self._settings, self._output / "students" / point.name
-        layers = self._layers_of(point) or settings.layers
         names = {str(seed): f"seed-{seed}" for seed in self._seeds}
-        self._execute(
-            point,
-            TRAINING,
-            ["run.py", *settings.flags(*INPUTS, *STUDENT, "objective", "lr", "copies")]
-            + [*settings.flags("cut_form"), "--layers", layers]
-            + ["--knowledge", str(self._output / "knowledge" / point.name)]
-            + self._students(folder, {n: {"student_seed": int(s)} for s, n in names.items()})
-            + ["--max_steps", str(settings.steps), "--keep_checkpoints", "1"]
-            + ["--save_every", str(max(1, settings.steps // CHECKPOINTS))],
-        )
+        students = {name: {"student_seed": int(seed)} for seed, name in names.items()}
+        several = self._students(self._output / "students" / point.name, students)
+        self._execute(point, TRAINING, ["run.py", *self._training(point), *several])
         inside = f"students/{point.name}/students"
         return {"students": {seed: f"{inside}/{name}/student" for seed, name in names.items()}}
+
+    def _training(self, point: Point) -> list[str]:
+        """The flags of `run.py`, without those of the single students."""
+        settings = self._settings
+        return (
+            [*settings.flags(*INPUTS, *STUDENT, "objective", "lr", "copies", "cut_form")]
+            + ["--layers", self._layers_of(point) or settings.layers]
+            + ["--knowledge", str(self._knowledge(point))]
+            + ["--max_steps", str(settings.steps), "--keep_checkpoints", "1"]
+            + ["--save_every", str(max(1, settings.steps // CHECKPOINTS))]
+        )
 
     def _students(self, folder: Path, students: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Flags of a run of several students in `folder`."""
@@ -200,10 +220,10 @@ def execute(command: Sequence[str], log: Path) -> None:
             process.send_signal(signalled.number)
             process.wait()
             raise
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        finally:
+            if process.poll() is None:  # a second signal did not wait for its end
+                process.kill()
+                process.wait()
     if status:
         raise TrainingError(_reason(log, status))
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format import TOKENIZER_FOLDER, Manifest
-from finetune.search.points import Point
 from finetune.search.settings import SearchSettings
 from potstill.errors import InputError
 from potstill.files import whole_folder
 from pretrain.config import StudentConfig
-from pretrain.models import Shape, check_local, load_config, load_encoder, shape_of
+from pretrain.models import Shape, check_local, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.base import LayerPair
 from pretrain.student.build import build_student
+from pretrain.teacher import check_teacher
 
 
 def check_students(settings: SearchSettings) -> int:
@@ -29,7 +29,8 @@ def check_students(settings: SearchSettings) -> int:
             teacher, or it learns a projection, which is no part of an exported student.
     """
     check_local(settings.teacher, "--teacher")
-    teacher = shape_of(load_config(settings.teacher, "--teacher", settings.revision))
+    encoder = load_encoder(settings.teacher, "--teacher", settings.revision)
+    teacher = encoder.shape
     if settings.tasks is not None and settings.max_length > teacher.positions:
         raise InputError(
             f"--max_length {settings.max_length}: students have the teacher's {teacher.positions} "
@@ -37,12 +38,13 @@ def check_students(settings: SearchSettings) -> int:
         )
     student = _shape(settings, teacher)
     pair = LayerPair(student.layers, teacher.layers)
-    check_models(build_objective(settings.objective, Settings((pair,))), student, teacher)
     by = settings.compared_by
-    objective = build_objective(by, Settings((pair,)))
+    for name in (settings.objective, by):
+        objective = build_objective(name, Settings((pair,)))
+        check_models(objective, student, teacher)
+        check_teacher(encoder, objective.teacher_features(), name)
     if not objective.uses_teacher:
         raise InputError(f"--yardstick {by}: it compares students with no teacher; give att-mse")
-    check_models(objective, student, teacher)
     learnt = [
         name
         for name, one in zip(objective.names, objective.objectives, strict=True)
@@ -55,18 +57,6 @@ def check_students(settings: SearchSettings) -> int:
             "equal widths, or a --yardstick without maps, such as att-mse"
         )
     return teacher.layers
-
-
-def check_cuts(settings: SearchSettings, points: Iterable[Point]) -> None:
-    """Refuse cuts that the objective cannot learn from.
-
-    Raises:
-        InputError: there is one.
-    """
-    objective = build_objective(settings.objective, Settings(()))
-    for point in points:
-        for name, term in zip(objective.names, objective.objectives, strict=True):
-            term.check_cut(name, point.cut())
 
 
 def _shape(settings: SearchSettings, teacher: Shape) -> Shape:

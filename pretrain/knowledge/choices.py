@@ -157,7 +157,8 @@ class Neurons:
             places = np.arange(self.kept) * self.hidden // self.kept
         else:
             places = self._drawn(batch)
-        return torch.from_numpy(places).to(batch.valid.device)
+        # So few bytes are staged at once: the host need not wait for a device.
+        return torch.from_numpy(places).to(batch.valid.device, non_blocking=True)
 
     def _drawn(self, batch: Batch) -> NDArray[np.int64]:
         """int64 (B, 1, W): the neurons with the lowest draws."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from data_prep.shard_format import TRAIN, VALIDATION, Manifest, read_manifest, verify_files
+from data_prep.shard_format import TRAIN, VALIDATION, Manifest, damaged_files, read_manifest
 from data_prep.tokenization import load_tokenizer
 from potstill.errors import InputError
 from pretrain.batches import BATCHES_VERSION
@@ -19,7 +19,7 @@ from pretrain.knowledge.entries import Entry, row_bytes
 from pretrain.knowledge.format import Contents
 from pretrain.knowledge.layout import features_of, make_entries
 from pretrain.knowledge.settings import KnowledgeConfig
-from pretrain.models import Encoder, Shape, check_local, fingerprint, load_config, load_encoder
+from pretrain.models import Encoder, check_local, fingerprint, load_config, load_encoder
 from pretrain.objectives import LayerPair, Settings, build_objective
 from pretrain.objectives.composite import WeightedSum
 from pretrain.run_folder import data_identity
@@ -63,13 +63,12 @@ def make_job(config: KnowledgeConfig) -> Job:
     folder = Path(str(config.data))
     check_local(str(folder), "--data")
     manifest = read_manifest(folder)
-    own = (manifest.files + manifest.tokenizer_files)[dist.get_rank() :: dist.get_world_size()]
-    verify_files(folder, manifest, own)
+    _check_shards(folder, manifest)
     teacher = _load_teacher(config, folder, manifest)
     layers = mapped_layers(cut, config.student_layers, teacher.shape.layers)
     layers = config.defaulted["layers"] if layers is None else _unless_given(config, layers)
     objective = _objective(config, layers, teacher)
-    _check_cut(config, cut, objective, teacher.shape)
+    check_cut(config, cut, objective)
     contents = Contents(
         teacher=fingerprint(teacher),
         teacher_name=_name(teacher.source),
@@ -106,6 +105,16 @@ def make_job(config: KnowledgeConfig) -> Job:
     return Job(config, contents, entries, teacher, manifest, precision(ds_config))
 
 
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    """Refuse damaged shards, whichever rank has found them: rank 0 alone can tell."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = damaged_files(folder, (manifest.files + manifest.tokenizer_files)[rank::ranks])
+    found: list[dict[str, str]] = [{}] * ranks
+    dist.all_gather_object(found, own)
+    if faults := [fault for share in found for fault in share.values()]:
+        raise InputError(faults[0])
+
+
 def _unless_given(config: KnowledgeConfig, layers: str) -> str:
     if config.layers is not None:
         raise InputError(
@@ -139,6 +148,8 @@ def _objective(config: KnowledgeConfig, layers: str, teacher: Encoder) -> Weight
     objective = build_objective(str(config.objective), settings)
     if not objective.uses_teacher:
         raise InputError(f"--objective {config.objective} learns from no teacher: nothing to store")
+    for name, term in zip(objective.names, objective.objectives, strict=True):
+        term.check_layers(name)
     check_teacher(teacher, objective.teacher_features(), str(config.objective))
     masked = any(at == "masked" for _, at in objective.teacher_features())
     if masked and not config.mlm_probability:
@@ -149,8 +160,12 @@ def _objective(config: KnowledgeConfig, layers: str, teacher: Encoder) -> Weight
     return objective
 
 
-def _check_cut(config: KnowledgeConfig, cut: Cut, objective: WeightedSum, teacher: Shape) -> None:
-    """Refuse a cut that the objective cannot learn from, or that cuts nothing."""
+def check_cut(config: KnowledgeConfig, cut: Cut, objective: WeightedSum) -> None:
+    """Refuse a cut that the objective cannot learn from, or that cuts nothing.
+
+    Raises:
+        InputError: it is such a cut, or predictions are cut of which there are none.
+    """
     for name, term in zip(objective.names, objective.objectives, strict=True):
         term.check_cut(name, cut)
     kinds = {kind for kind, _ in objective.teacher_features()}

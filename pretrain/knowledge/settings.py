@@ -88,8 +88,8 @@ class KnowledgeConfig:
     mask_whole_words: bool = option("Choose whole words to mask, not single tokens.", False)
     validation_rows: int | None = option("Store the first so many held-out rows. Default: all.")
     rows_per_file: int | None = option(
-        "Rows in a file; one that is killed begins its file again. Default: 4,096, or what fits "
-        "into 256 MiB."
+        "Rows in a file, in whole micro-batches; one that is killed begins its file again. "
+        "Default: 4,096, or what fits into 256 MiB."
     )
     plan: bool = option(
         "Only print bytes, rates, hours, and from how many students on storing pays, from a "

@@ -116,25 +116,30 @@ class Knowledge:
         """
         check_needs(self.manifest.contents, objective.teacher_features(), objective)
 
+    def check_files(self) -> None:
+        """Compare all files with their checksums; ranks share the work.
 
-def open_knowledge(folder: Path, check_files: bool) -> Knowledge:
-    """Read what a folder of knowledge says; ranks share the check of its files.
+        Raises:
+            InputError: one is damaged or missing.
+        """
+        own = self.manifest.files[dist.get_rank() :: dist.get_world_size()]
+        found: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, damaged(self.folder, own))
+        if faults := [fault for share in found for fault in share]:
+            raise InputError(faults[0])
+
+
+def open_knowledge(folder: Path) -> Knowledge:
+    """Read what a folder of knowledge says.
 
     Raises:
-        InputError: not whole, or a file that is damaged or missing.
+        InputError: not whole, or its manifest is damaged.
     """
     if not folder.is_dir():
         raise InputError(
             f"--knowledge {folder}: there is no such folder; make it: pretrain/cache_knowledge.py"
         )
-    knowledge = Knowledge(folder, read_knowledge_manifest(folder))
-    if check_files:
-        own = knowledge.manifest.files[dist.get_rank() :: dist.get_world_size()]
-        found: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(found, damaged(folder, own))
-        if faults := [fault for share in found for fault in share]:
-            raise InputError(faults[0])
-    return knowledge
+    return Knowledge(folder, read_knowledge_manifest(folder))
 
 
 def check_agrees(

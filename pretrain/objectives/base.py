@@ -136,6 +136,14 @@ class Objective(ABC):
         """Refuse a pair of models that this objective cannot compare; `name` is the user's.
 
         Raises:
+            InputError: what they do not share, or a layer as in `check_layers`.
+        """
+        self.check_layers(name)
+
+    def check_layers(self, name: str) -> None:
+        """Refuse layers that this objective cannot compare, whatever the models.
+
+        Raises:
             InputError: attention of layer 0 is wanted, the embeddings, which have none.
         """
         layers = [layer for pair in self.pairs for layer in pair]

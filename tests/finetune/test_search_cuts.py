@@ -17,10 +17,12 @@ import pytest
 from finetune import search_cuts
 from finetune.search import runs
 from finetune.search.curve import frontier, write_curve
+from finetune.search.folder import claim
 from finetune.search.points import points_of
 from finetune.search.results import LOSS, measures_of, read_points, share_kept, summary
 from finetune.search.settings import parse
 from potstill.errors import InputError
+from potstill.signals import Signalled, raised_signals
 from tests.finetune.conftest import write_parquet
 from tests.launch import (
     LAYERS,
@@ -174,6 +176,12 @@ def test_choices_multiply_the_cuts_that_they_matter_to(given: Callable[..., list
         ({"objective": "hid-sequence"}, "hid-sequence"),
         ({"objective": "att-mse", "student_heads": 2}, "minilmv2"),
         ({"objective": "pearson-keys"}, "t: --objective pearson-keys compares whole rows"),
+        ({"objective": "att-mse", "keeps": "0.1h"}, "--keep 0.1h cuts neurons"),
+        ({"objective": "hid-cls", "keep_length": "attention"}, "--keep_length attention"),
+        ({"logits_top_k": 9}, "--logits_top_k 9: --objective hid-seq"),
+        ({"copies": 2, "mlm_probability": 0}, "--copies 2"),
+        ({"dropout": 1.5}, "--dropout 1.5"),
+        ({"lr": -1}, "--lr"),
         ({"teacher": "/no/model"}, "--teacher"),
         ({"ds_config": "/no/file"}, "--ds_config"),
     ],
@@ -191,6 +199,17 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(
     assert said in line
     assert not programs.calls()
     assert not Path(arguments[arguments.index("--output") + 1]).exists()
+
+
+def test_predictions_of_a_teacher_without_a_trained_head_are_refused_before_anything_runs(
+    given: Callable[..., list[str]],
+    programs: Programs,
+    materials: Materials,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ended(given(teacher=materials.headless, yardstick="kd")) == 2
+    assert "has no trained MLM head, and --objective kd" in capsys.readouterr().err
+    assert not programs.calls()
 
 
 def test_narrow_students_are_compared_by_a_yardstick_without_maps(
@@ -331,6 +350,44 @@ def test_no_cut_begins_that_the_budget_may_not_suffice_for(
     assert "--budget_hours is over with 1 points left" in capsys.readouterr().err
     assert programs.calls() == before
     assert ended(given(keeps="2t,1l", budget_hours=2.1)) == 0
+
+
+def test_tasks_and_their_knobs_may_come_later_but_not_change(tmp_path: Path) -> None:
+    def search(tasks: dict[str, str], **settings: int | None) -> dict[str, Any]:
+        knobs = {"max_length": 128, "task_rows": None, "epochs": 3, "steps": 7}
+        knobs |= {"task_lr": 5e-5, "task_batch_size": 32, **settings}
+        return {"settings": knobs, "teacher": "t", "tasks": tasks}
+
+    first, tuned = search({}), search({"sst2": "a"}, task_rows=9)
+    for asked in (first, tuned, first, search({"mrpc": "b"}, task_rows=9)):
+        claim(tmp_path, asked).release()
+    merged = json.loads((tmp_path / "search.json").read_text())
+    assert merged["tasks"] == {"sst2": "a", "mrpc": "b"}
+    assert merged["settings"]["task_rows"] == 9
+    with pytest.raises(InputError, match="task_rows is 9 there and 8 here"):
+        claim(tmp_path, search({"rte": "c"}, task_rows=8))
+    with pytest.raises(InputError, match="steps is 7 there and 8 here"):
+        claim(tmp_path, search({}, steps=8))
+
+
+@pytest.mark.timeout(60)
+def test_a_program_that_does_not_end_is_killed_by_a_second_signal(tmp_path: Path) -> None:
+    deaf = "import os, signal, time; say = lambda *_: print(os.getpid(), flush=True); "
+    deaf += "signal.signal(signal.SIGTERM, say); say(); time.sleep(300)"
+
+    def interrupt() -> None:
+        for lines in (1, 2):  # the second signal comes when the program has had the first
+            while not (log.exists() and log.read_text().count("\n") == lines):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    log, thread = tmp_path / "log", threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(Signalled), raised_signals():
+        runs.execute([sys.executable, "-c", deaf], log)
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text().split()[0]), 0)
 
 
 @pytest.mark.timeout(60)

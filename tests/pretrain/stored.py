@@ -30,7 +30,9 @@ def store(materials: Materials, folder: Path, **given: Any) -> Path:
 
 def opened(folder: Path) -> Knowledge:
     """Stored knowledge, its files checked."""
-    return open_knowledge(folder, check_files=True)
+    knowledge = open_knowledge(folder)
+    knowledge.check_files()
+    return knowledge
 
 
 def contents_of(knowledge: Path) -> dict[str, bytes]:

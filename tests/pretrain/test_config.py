@@ -195,3 +195,26 @@ def test_markers_are_sorted_shares() -> None:
 def test_the_launchers_rank_is_accepted() -> None:
     """The launcher writes `--local_rank=1`."""
     assert parse_config([*flags(**NEEDED, max_steps=1), "--local_rank=1"]).run.local_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"cut_form": "masked"}, "--cut_form masked is for cut --knowledge"),
+        ({"knowledge": "k", "teacher_precision": "fp8"}, "--teacher_precision is for a teacher"),
+        ({"knowledge": "k", "teacher_stream": True}, "--teacher_stream is for a teacher"),
+    ],
+)
+def test_flags_of_a_teacher_and_of_knowledge_exclude_each_other(
+    given: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        parse(**given)
+
+
+def test_a_run_that_began_before_there_was_knowledge_is_still_the_same() -> None:
+    """Its record has none of these settings, and what is absent there counts as None."""
+    identity = parse().identity()
+    assert {identity.get(name) for name in ("knowledge", "copies", "cut_form")} == {None}
+    forms = [parse(knowledge="k", cut_form=form).identity() for form in ("kept", "masked")]
+    assert forms[0] != forms[1]

@@ -167,10 +167,12 @@ def test_the_plan_says_from_when_on_storing_pays(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = Sample(1000, teacher=8, storing=9, writing=1, reading=reading, decoding=0.1, student=9)
+    found = Sample(1e18, teacher=8, storing=9, writing=1, reading=reading, decoding=0.1, student=9)
     monkeypatch.setattr(plan, "take_sample", lambda *given: found)
-    show_estimate(planned(materials, tmp_path, objective="hid-cls", epochs=epochs), CPU)
+    more = {"objective": "hid-cls", "epochs": epochs, "output": tmp_path / "knowledge"}
+    show_estimate(planned(materials, tmp_path, **more), CPU)
     lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("free")][0].endswith(": IT DOES NOT FIT")
     assert [line for line in lines if line.startswith("pays")][0].startswith(told)
 
 

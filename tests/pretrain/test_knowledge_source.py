@@ -24,6 +24,7 @@ from pretrain.attention import choose_attention
 from pretrain.batches import Batch
 from pretrain.config import parse_config
 from pretrain.features import Kept
+from pretrain.knowledge import job as job_module
 from pretrain.knowledge.format import IDENTITY, MANIFEST, parts_of
 from pretrain.knowledge.job import make_job
 from pretrain.knowledge.settings import parse_config as parse_storing
@@ -312,6 +313,42 @@ def test_damaged_knowledge_is_refused_before_training(
     else:
         path.write_bytes(path.read_bytes()[:-1])
     assert path.name in refused(trained(materials, tmp_path, copy, check_shards=str(flag)))
+
+
+def test_files_are_read_only_when_nothing_else_is_to_be_refused(
+    whole: Path, materials: Materials, tmp_path: Path, refused: Callable[[Given], str]
+) -> None:
+    """Reading terabytes to find a wrong flag would be long work."""
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    flip(min(copy.glob("train-*.bin")), 1000, 1)
+    assert "has no hidden 3" in refused(trained(materials, tmp_path, copy, layers="2:3"))
+
+
+def test_a_shard_that_another_rank_finds_damaged_stops_the_storing(
+    materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first rank can tell a person."""
+
+    def gather(found: list[dict[str, str]], own: dict[str, str]) -> None:
+        found[:] = [own, {"train-1": "train-1 is corrupted"}]
+
+    monkeypatch.setattr(job_module.dist, "all_gather_object", gather)
+    with pytest.raises(InputError, match="train-1 is corrupted"):
+        store(materials, tmp_path, objective="hid-cls")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"objective": "att-mse", "layers": "1:0"},
+        {"objective": "val-kl", "keep": "3l", "keep_depth": "t_top2", "student_layers": 3},
+    ],
+)
+def test_attention_of_the_embeddings_cannot_be_stored(
+    given: Given, materials: Materials, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="compares attention, which layer 0 .* has not"):
+        store(materials, tmp_path, **given)
 
 
 def test_unfinished_knowledge_is_refused(
