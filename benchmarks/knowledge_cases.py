@@ -64,7 +64,11 @@ class Case:
     def student(self) -> dict[str, Any]:
         """Flags of run.py: the student's shape, and what it learns."""
         layers, hidden = self.pair.student
-        flags = {"student_layers": layers, "student_hidden": hidden, "student_ffn": 4 * hidden}
+        flags: dict[str, Any] = {
+            "student_layers": layers,
+            "student_hidden": hidden,
+            "student_ffn": 4 * hidden,
+        }
         flags |= {"student_heads": self.pair.heads, "objective": self.objective}
         if self.objective == "minilmv2":  # 48 heads do not divide a width of 312
             both = (n for n in (48, 24, 12, 4) if not (hidden % n or self.pair.teacher[1] % n))
@@ -98,7 +102,11 @@ class Places:
         """The folder of what a case's teacher knows, in one way."""
         key = case.stored(way)
         if key not in self.stored:
-            flags = {"ds_config": self.sizes(1), "teacher": case.teacher, "data": self.data}
+            flags: dict[str, Any] = {
+                "ds_config": self.sizes(1),
+                "teacher": case.teacher,
+                "data": self.data,
+            }
             flags |= {"objective": case.objective, **way.flags}
             self.stored[key] = self.folder / f"knowledge-{len(self.stored)}"
             store_knowledge(flags, self.stored[key])
