@@ -29,7 +29,7 @@ from potstill.signals import Signalled
 from pretrain import config as training
 from pretrain.knowledge import settings as storing
 from pretrain.knowledge.job import check_cut
-from pretrain.objectives import Settings, build_objective
+from pretrain.objectives import LayerPair, Settings, build_objective
 
 STORE, TRAINING, VALIDATE = "store", "train", "validate"
 PROGRAMS = Path(str(pretrain.__file__)).parent
@@ -55,7 +55,8 @@ class Runner:
         Raises:
             InputError: there is one.
         """
-        objective = build_objective(self._settings.objective, Settings(()))
+        pair = LayerPair(self._settings.student_layers, self._teacher_layers)
+        objective = build_objective(self._settings.objective, Settings((pair,)))
         for point in points:
             if point.keep != NONE:
                 check_cut(storing.parse_config(self._storing(point)), point.cut(), objective)
