@@ -222,6 +222,11 @@ def reader_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(report: dict[str, Any]) -> str:
+    """Both tables."""
+    return speed_table(report["rows"]) + "\n" + reader_table(report["reader"])
+
+
 @program
 def main() -> None:
     """The program; see the module's docstring."""
@@ -243,22 +248,21 @@ def main() -> None:
         raise InputError(f"--turns {options.turns} has no spread; give at least 2")
     torch.set_num_threads(1)
     start_ranks()
-    rows = []
+    settings = {n: getattr(options, n) for n in ("rows", "batch", "turns", "steps")}
+    report: dict[str, Any] = {"machine": machine(CPU), "settings": settings}
+    report |= {"rows": [], "reader": []}
     with tempfile.TemporaryDirectory() as name:
         places = Places(Path(name), options.data, options.rows, options.batch)
         for case in cases(options, Path(name)):
             for accumulation in (1, options.accumulation)[: 1 + (case.objective in LARGE)]:
-                rows.append(measure(case, places, options, accumulation))
-                print(speed_table(rows[-1:]), flush=True)
+                report["rows"].append(measure(case, places, options, accumulation))
+                write_report(options.json, report, table(report))  # what is done is kept
                 gc.collect()  # engines are in cycles
-        if not rows:
+        if not report["rows"]:
             raise InputError(f"--only {options.only!r} is in no case's name")
-        settings = {n: getattr(options, n) for n in ("rows", "batch", "turns", "steps")}
-        reader = read(places, rows, options.turns, options.read_seconds)
-        report = {"machine": machine(CPU), "settings": settings, "rows": rows, "reader": reader}
-    text = speed_table(rows) + "\n" + reader_table(reader)
-    write_report(options.json, report, text)
-    print(text)
+        report["reader"] = read(places, report["rows"], options.turns, options.read_seconds)
+    write_report(options.json, report, table(report))
+    print(table(report))
     dist.destroy_process_group()
 
 
