@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
