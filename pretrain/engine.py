@@ -22,6 +22,7 @@ from potstill.files import remove_leftovers, write_json
 from potstill.secrets import redacted
 from pretrain.acceleration import offloads_optimizer, use_apex_layer_norm, zero_stage
 from pretrain.agreement import from_main_rank
+from pretrain.allocator import keep_freed_memory
 from pretrain.attention import Attention, choose_attention
 from pretrain.checkpoint import (
     CheckpointWriter,
@@ -81,6 +82,8 @@ def start_ranks() -> torch.device:
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        keep_freed_memory()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         cores = len(os.sched_getaffinity(0))
