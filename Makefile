@@ -12,6 +12,8 @@ DS_CONFIG ?= ds_configs/cpu_bf16.json
 # folders of the public code that step.py and memory.py measure against, if they are there
 MINILMV2 ?=
 DISTILBERT ?=
+# and of the one whose compressor knowledge_logits.py measures beside ours
+DISTILLKIT ?=
 
 # An absolute PATH: DeepSpeed's launcher starts ninja and python from whatever folder it is in.
 BIN := $(abspath $(VENV))/bin
@@ -97,6 +99,14 @@ bench: $(VENV)/.test-installed
 	else echo "no chromium here: the pictures of the page are left out"; fi
 	python benchmarks/objective_study.py --teacher "$(RUNS)/head/frozen/student" \
 		--shards "$(RUNS)/real/shards" --output "$(RUNS)/objectives"
+	python benchmarks/knowledge_logits.py --teacher "$(RUNS)/head/frozen/student" \
+		--data "$(RUNS)/real/shards" $(if $(DISTILLKIT),--distillkit "$(DISTILLKIT)")
+	python benchmarks/knowledge_bytes.py
+	python benchmarks/knowledge_deviation.py --data "$(RUNS)/real/shards" \
+		--head_teacher "$(RUNS)/head/frozen/student"
+	python benchmarks/knowledge_speed.py --data "$(RUNS)/real/shards"
+	python benchmarks/knowledge_chaos.py --output "$(RUNS)/knowledge-chaos" --kills 20
+	python benchmarks/knowledge_search.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/knowledge-search"
 	python benchmarks/fill_docs.py
 
 clean:

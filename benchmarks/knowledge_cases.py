@@ -20,7 +20,6 @@ from pretrain.masking import shard_masking
 from pretrain.plan import make_plan
 from pretrain.signals import Signals
 
-CPU = torch.device("cpu")
 WHOLE = Way("whole, bf16", {"dtype": "bf16"})
 """What a live teacher gives under a bf16 ds_config, bit by bit."""
 _TENTH = Way("1l_10t_0.1h, int8", {"dtype": "int8", "keep": "1l_10t_0.1h"})
@@ -87,14 +86,17 @@ class Places:
         rows: of a micro-batch. stored: the folders of what is stored by now.
     """
 
-    def __init__(self, folder: Path, data: Path, rows: int, micro_batch: int) -> None:
-        self.folder, self.rows = folder, micro_batch
+    def __init__(
+        self, folder: Path, data: Path, rows: int, micro_batch: int, device: torch.device
+    ) -> None:
+        self.folder, self.rows, self.device = folder, micro_batch, device
         self.data = few_rows(data, folder / "rows", {TRAIN: rows, VALIDATION: micro_batch})
         self.stored: dict[Stored, Path] = {}
 
     def sizes(self, accumulation: int) -> Path:
-        """`ds_configs/cpu_bf16.json` with so many micro-batches a step."""
-        source = ROOT / "ds_configs" / "cpu_bf16.json"
+        """The device's ZeRO-1 ds_config in bfloat16 with so many micro-batches a step."""
+        name = "cpu_bf16" if self.device.type == "cpu" else "zero1_bf16"
+        source = ROOT / "ds_configs" / f"{name}.json"
         path = self.folder / f"ds-{accumulation}.json"
         return write_ds_config(source, path, self.rows * accumulation, 1, self.rows)
 
@@ -109,7 +111,7 @@ class Places:
             }
             flags |= {"objective": case.objective, **way.flags}
             self.stored[key] = self.folder / f"knowledge-{len(self.stored)}"
-            store_knowledge(flags, self.stored[key])
+            store_knowledge(flags, self.stored[key], self.device)
         return self.stored[key]
 
 
@@ -130,8 +132,8 @@ class Trainer:
         given = {"data": places.data, "ds_config": places.sizes(accumulation), "max_steps": 10**6}
         given |= {"log_every": 10**6, "output": places.folder / "run", **case.student}
         config = parse_config([*words(given | source), "--no_check_shards", "--dry_run"])
-        plan = make_plan(config, CPU)
-        self.loop = Loop(*build_run(plan, CPU, Signals(), CheckpointWriter()))
+        plan = make_plan(config, places.device)
+        self.loop = Loop(*build_run(plan, places.device, Signals(), CheckpointWriter()))
         self._steps = steps
         masking = shard_masking(places.data, config.data.mlm_probability, config.run.seed)
         reader = plan.knowledge.reader() if plan.knowledge is not None else None

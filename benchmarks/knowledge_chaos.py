@@ -6,6 +6,7 @@ Knowledge of the real teacher is stored once in peace, then in other folders whe
 a random moment: to all ranks, or to one of them, whose launcher then ends the others. The ranks of
 each start are one, two, or now this and now that. A folder that is finished before the last kill is
 compared, and the next one begun. The same command again goes on with the cases that are not done.
+The exit status is 1 where other bytes were found, or a finished file was written again.
 Ranks are forked from this process, so that a start takes no import, and kills fall on the work.
 """
 
@@ -29,6 +30,7 @@ import torch
 from common import DATA, RESULTS, machine, packaged_teacher, shard, write_report
 from scaling import free_port
 
+from potstill.console import program
 from potstill.files import write_json
 from pretrain import cache_knowledge
 
@@ -203,6 +205,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@program
 def main() -> None:
     """The program; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -231,19 +234,21 @@ def main() -> None:
     if not start.wait() or start.statuses != [0]:
         sys.exit(f"the unbroken storing failed: see {start.log}")
     lasts, expected = time.monotonic() - began, files(whole)
+    device = torch.device("cpu")
+    settings = {"kills": chosen.kills, "seed": chosen.seed, "commit": machine(device)["commit"]}
     cases = {}
     for name in chosen.cases.split(","):
         folder = chosen.output / name.replace(" ", "-")
         done = folder / "seen.json"
-        if not done.is_file():
+        if not (done.is_file() and settings.items() <= json.loads(done.read_text()).items()):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             dice = random.Random(f"{chosen.seed}-{name}")
             chaos = Chaos(command, CASES[name], expected, folder, dice)
-            write_json(done, chaos.run(chosen.kills, chosen.life * lasts))
-        cases[name] = json.loads(done.read_text())
+            write_json(done, settings | {"seen": chaos.run(chosen.kills, chosen.life * lasts)})
+        cases[name] = json.loads(done.read_text())["seen"]
     report = {
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(device),
         "files": len([file for file in expected if file.endswith(".bin")]),
         "bytes": sum(map(len, expected.values())),
         "unbroken_seconds": lasts,
@@ -251,6 +256,7 @@ def main() -> None:
     }
     write_report(chosen.results / "knowledge-chaos.json", report, table(report))
     print(json.dumps(report, indent=2), table(report), sep="\n")
+    sys.exit(any(own["of_other_bytes"] + own["files_written_again"] for own in cases.values()))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---:|---:|",
     ]
     for row in report["rows"]:
+        if list(row["held_out"]) == [EXACT]:  # trained on nothing that it could be compared with
+            continue
         exact = row["held_out"][EXACT]
         lines.append(f"| {row['objective']} | nothing yet | {row['held_out_before']:.6g} | |")
         for way, loss in row["held_out"].items():

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data_prep.shard_format import VALIDATION, ShardReader, read_manifest
 from potstill.console import program, progress
+from potstill.errors import InputError
 from pretrain.attention import choose_attention
 from pretrain.batches import NO_LABEL, VALIDATION_EPOCH, Batch, make_batch
 from pretrain.encoder import encode
@@ -51,8 +52,14 @@ class Case(NamedTuple):
 
 
 def batches(data: Path, rows: int, micro_batch: int) -> Iterator[Batch]:
-    """Masked batches of validation rows, spread over the file."""
+    """Masked batches of validation rows, spread over the file.
+
+    Raises:
+        InputError: there are fewer rows.
+    """
     reader, masking = ShardReader(data, VALIDATION), shard_masking(data, 0.15, seed=0)
+    if rows >= reader.rows:
+        raise InputError(f"--data {data}: {reader.rows} held-out rows; give --rows below that")
     pad = read_manifest(data).special_ids["pad"]
     chosen = np.linspace(0, reader.rows - 2, rows, dtype=np.int64)  # the last row is padded
     for own in np.split(chosen, range(micro_batch, rows, micro_batch)):
@@ -154,7 +161,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     entropy, positions = 0.0, 0
     for batch in progress(given, desc=f"{case.positions} x{case.factor:g}", leave=False):
         logits = encode(encoder.model, batch, {feature}, attention)[feature] * case.factor
-        assert batch.full, "only the last row has padding"
+        if not batch.full:
+            raise InputError(f"--data {options.data}: rows with padding; shard a longer text")
         slots = len(logits) // len(batch.input_ids)
         for name, store in stores(case.positions, slots, vocab, options.distillkit):
             tallies.setdefault(name, Tally(store, case.positions == "masked")).take(logits, batch)
@@ -233,6 +241,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the numbers instead")
     options = parser.parse_args()
+    if options.rows < 4:
+        raise InputError(f"--rows {options.rows}: give at least 4, a quarter is for all positions")
     if options.distillkit:
         sys.path.append(str(options.distillkit))
     places: tuple[Positions, ...] = ("masked", "all")

@@ -13,8 +13,9 @@ which has no MLM head. A step is four micro-batches of 32 rows, and for two obje
 Then the reader alone: rows/s of `KnowledgeReader.attach` in that order, plain and under zstd, over
 the rows/s at which the fastest student takes the same knowledge.
 
-On one thread the clock is the process's own CPU time. About 45 minutes on one core. Writes
-`results/knowledge-speed-cpu.{json,md}`.
+On a CPU one thread works, and the clock is the process's own CPU time. Where there is a GPU it
+works there; give it larger micro-batches (`--batch 512 --rows 4096`). Writes
+`results/knowledge-speed-DEVICE.{json,md}`.
 """
 
 import argparse
@@ -39,7 +40,6 @@ from common import (
     write_report,
 )
 from knowledge_cases import (
-    CPU,
     RANDOM,
     REAL,
     WAYS,
@@ -99,7 +99,7 @@ def measure(
             trainer.turn()
     turns = []
     for number in progress(range(options.turns), desc=f"{case.name} x{accumulation}", unit="turn"):
-        turns.append(take_turn(trainers, number))
+        turns.append(take_turn(trainers, number, places.device))
     rows = steps * accumulation * places.rows
     ways = []
     for name, folder in folders.items():
@@ -130,12 +130,12 @@ def first_loss(trainer: Trainer) -> float:
     return trainer.loss()
 
 
-def take_turn(trainers: dict[str, Trainer], turn: int) -> dict[str, float]:
+def take_turn(trainers: dict[str, Trainer], turn: int, device: torch.device) -> dict[str, float]:
     """Seconds of each trainer's turn, in an order that goes on by one from turn to turn."""
     names = list(trainers)
     first = turn % len(names)
-    order, clock = names[first:] + names[:first], clock_name(CPU)
-    return {name: seconds(trainers[name].turn, CPU, clock) for name in order}
+    order, clock = names[first:] + names[:first], clock_name(device)
+    return {name: seconds(trainers[name].turn, device, clock) for name in order}
 
 
 def read(
@@ -149,7 +149,7 @@ def read(
         rates: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(1 + turns):  # the first one opens the files
             for name, reader in readers.items():
-                rates[name].append(attach_rate(reader, batches, least))
+                rates[name].append(attach_rate(reader, batches, least, places.device))
         taken = max(w["rows_per_second"] for row in rows for w in row["ways"] if is_of(row, w, key))
         for name, own in rates.items():
             rate = quartiles(own[1:])
@@ -175,9 +175,11 @@ def shuffled(places: Places) -> list[Batch]:
     return make_batches(reader.read(rows), epochs, rows, masking, pad, places.rows)
 
 
-def attach_rate(reader: KnowledgeReader, batches: Sequence[Batch], least: float) -> float:
+def attach_rate(
+    reader: KnowledgeReader, batches: Sequence[Batch], least: float, device: torch.device
+) -> float:
     """Rows/s of whole passes over the batches that together take `least` seconds or more."""
-    clock = CLOCKS[clock_name(CPU)]
+    clock = CLOCKS[clock_name(device)]
     passes, start = 0, clock()
     while not passes or clock() - start < least:
         for batch in batches:
@@ -242,17 +244,18 @@ def main() -> None:
     add("--read_seconds", type=float, default=0.3, help="of one measurement of the reader")
     add("--only", default="", help="cases that have this in their names, such as 4x312")
     add("--tiny", action="store_true", help="tiny models: a test")
-    add("--json", type=Path, default=RESULTS / "knowledge-speed-cpu.json", help="figures; .md too")
+    add("--json", type=Path, help="figures; .md too; default: results/knowledge-speed-DEVICE.json")
     options = parser.parse_args()
     if options.turns < 2:
         raise InputError(f"--turns {options.turns} has no spread; give at least 2")
     torch.set_num_threads(1)
-    start_ranks()
+    device = start_ranks()
+    options.json = options.json or RESULTS / f"knowledge-speed-{device.type}.json"
     settings = {n: getattr(options, n) for n in ("rows", "batch", "turns", "steps")}
-    report: dict[str, Any] = {"machine": machine(CPU), "settings": settings}
+    report: dict[str, Any] = {"machine": machine(device), "settings": settings}
     report |= {"rows": [], "reader": []}
     with tempfile.TemporaryDirectory() as name:
-        places = Places(Path(name), options.data, options.rows, options.batch)
+        places = Places(Path(name), options.data, options.rows, options.batch, device)
         for case in cases(options, Path(name)):
             for accumulation in (options.accumulation, 1)[: 1 + (case.objective in ALSO_ONE)]:
                 report["rows"].append(measure(case, places, options, accumulation))

@@ -74,10 +74,10 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def store_knowledge(flags: Mapping[str, Any], output: Path) -> Job:
+def store_knowledge(flags: Mapping[str, Any], output: Path, device: torch.device) -> Job:
     """Store knowledge in this process, as the program does it on one rank."""
     job = make_job(parse_config(words({**flags, "output": output})))
-    store(job, torch.device("cpu"))
+    store(job, device)
     release_folder()
     return job
 

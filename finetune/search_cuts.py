@@ -19,7 +19,7 @@ import transformers
 
 from data_prep.shard_format import read_manifest
 from finetune.search.curve import write_curve
-from finetune.search.folder import claim, describe
+from finetune.search.folder import claim, describe, extended
 from finetune.search.points import Point, points_of
 from finetune.search.results import read_points, write_tables
 from finetune.search.runs import Runner
@@ -38,15 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings = parse(arguments)
             transformers.utils.logging.disable_progress_bar()  # of loading weights: it breaks ours
             manifest = read_manifest(Path(settings.data))
-            layers = check_students(settings)
+            layers = check_students(settings, manifest)
             points = points_of(settings, layers, manifest.seq_length)
             runner = Runner(settings, manifest, layers)
             runner.check(points)
-            search = describe(settings)
+            search, output = describe(settings), Path(os.path.abspath(settings.output))
             if settings.dry_run:
+                extended(output, search)
                 say("\n".join(point.name for point in points))
                 return
-            output = Path(os.path.abspath(settings.output))
             with claim(output, search):
                 run(settings, runner, points, output)
     except Signalled as signalled:

@@ -54,6 +54,7 @@ def draw(axes: Axes, points: Sequence[Measured], measure: str) -> None:
     for number, kind in enumerate(kinds):
         own = [point for point in shown if kind_of(point) == kind]
         _series(axes, own, measure, kind, number)
+    _names(axes, shown, measure)
     for point in points:
         mean = point.mean(measure)
         if point.keep == NONE and mean is not None:
@@ -75,6 +76,21 @@ def kind_of(point: Measured) -> str:
     return WHOLE if point.keep == WHOLE else ", ".join(point.choices.values()) or "cut"
 
 
+def _names(axes: Axes, points: Sequence[Measured], measure: str) -> None:
+    """The cut beside each point, of neighbours on different sides."""
+    for number, point in enumerate(points):
+        right = number % 2 == 1 or point == points[-1]  # behind the last there is room
+        axes.annotate(
+            point.keep,
+            (point.bytes_per_token, float(point.mean(measure) or 0)),
+            (5, -3) if right else (-5, -3),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            fontsize=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3},
+        )
+
+
 def _series(axes: Axes, points: Sequence[Measured], measure: str, kind: str, number: int) -> None:
     sizes = [point.bytes_per_token for point in points]
     means = [float(point.mean(measure) or 0) for point in points]
@@ -85,8 +101,7 @@ def _series(axes: Axes, points: Sequence[Measured], measure: str, kind: str, num
         fmt=MARKS[number % len(MARKS)],
         color=COLOURS[number % len(COLOURS)],
         capsize=3,
+        elinewidth=0.8,
         markersize=5,
         label=kind,
     )
-    for point, size, mean in zip(points, sizes, means, strict=True):
-        axes.annotate(point.keep, (size, mean), (4, 4), textcoords="offset points", fontsize=6)

@@ -61,6 +61,18 @@ def describe(settings: SearchSettings) -> dict[str, Any]:
     }
 
 
+def extended(output: Path, search: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What search.json will hold: the search, with the tasks of the one that is there.
+
+    Raises:
+        InputError: `output` cannot be written, holds something else, or another search (what
+            differs is named).
+    """
+    check_writable(output)
+    there = _read(output)
+    return search if there is None else _merged(output, there, search)
+
+
 def claim(output: Path, search: Mapping[str, Any]) -> Lock:
     """Make `output` this search's, or extend by tasks the one that is there.
 
@@ -68,13 +80,10 @@ def claim(output: Path, search: Mapping[str, Any]) -> Lock:
         The lock on the folder, to be kept as long as the search runs.
 
     Raises:
-        InputError: it holds something else, or another search (what differs is named), or another
-            process runs there.
+        InputError: as `extended`, or another process runs there.
         TrainingError: it cannot be written.
     """
-    check_writable(output)
-    there = _read(output)
-    merged = search if there is None else _merged(output, there, search)
+    extended(output, search)  # before anything is made
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     lock = hold(
@@ -82,8 +91,9 @@ def claim(output: Path, search: Mapping[str, Any]) -> Lock:
         f"--output {output}: another search runs there; wait for it, or give a new folder",
     )
     try:
+        own = extended(output, search)  # again: another process may have been here first
         with writing(output):
-            write_json(output / SEARCH_FILE, merged)
+            write_json(output / SEARCH_FILE, own)
             remove_leftovers(output / RECORDS)
     except BaseException:
         lock.release()

@@ -39,11 +39,16 @@ class Measured:
     values: dict[str, dict[int, float | None]]
     constant: dict[str, float | None] = field(default_factory=dict)
 
+    @property
+    def seeds(self) -> int:
+        """How many students were trained; scores of some of them may be missing yet."""
+        return len(self.values[LOSS])
+
     def mean(self, measure: str) -> float | None:
-        """The mean over seeds; None without a figure, or with one that is undefined or infinite."""
-        values = list(self.values.get(measure, {}).values())
+        """The mean over all seeds; None where a figure is missing, undefined or infinite."""
+        values = self.values.get(measure, {}).values()
         known = [value for value in values if value is not None and math.isfinite(value)]
-        return statistics.fmean(known) if known and len(known) == len(values) else None
+        return statistics.fmean(known) if known and len(known) == self.seeds else None
 
     def spread(self, measure: str) -> float | None:
         """The standard deviation over seeds, of a sample; None for one seed."""
@@ -196,6 +201,9 @@ def _short(value: float) -> str:
 def _figure(point: Measured, measure: str) -> str:
     mean = point.mean(measure)
     if mean is None:
-        return "undefined" if measure in point.values else ""
+        scored = len(point.values.get(measure, {}))
+        if 0 < scored < point.seeds:
+            return f"{scored} of {point.seeds} seeds"
+        return "undefined" if scored else ""
     spread = point.spread(measure)
     return f"{mean:.4g}" + ("" if spread is None else f" ± {spread:.2g}")

@@ -2,41 +2,46 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format import TOKENIZER_FOLDER, Manifest
-from finetune.search.settings import SearchSettings
+from data_prep.tokenization import load_tokenizer
+from finetune.search.settings import STUDENT, SearchSettings
 from potstill.errors import InputError
 from potstill.files import whole_folder
+from pretrain.checks import check_positions, check_tokenizer
 from pretrain.config import StudentConfig
-from pretrain.models import Shape, check_local, load_encoder
+from pretrain.models import check_local, load_encoder
 from pretrain.objectives import Settings, build_objective, check_models
 from pretrain.objectives.base import LayerPair
 from pretrain.student.build import build_student
 from pretrain.teacher import check_teacher
 
 
-def check_students(settings: SearchSettings) -> int:
+def check_students(settings: SearchSettings, manifest: Manifest) -> int:
     """Refuse students that cannot learn, or be compared with the teacher when they are exported.
 
     Returns:
         How many layers the teacher has.
 
     Raises:
-        InputError: the teacher or the objective cannot be used, the objective does not know the
-            teacher, or it learns a projection, which is no part of an exported student.
+        InputError: the teacher, a student or the objective cannot be used, the teacher does not
+            read these shards, the objective does not know the teacher, or it learns a projection,
+            which is no part of an exported student.
     """
     check_local(settings.teacher, "--teacher")
     encoder = load_encoder(settings.teacher, "--teacher", settings.revision)
+    tokenizer = load_tokenizer(settings.teacher, settings.revision)
+    check_tokenizer(tokenizer, settings.teacher, Path(settings.data), manifest)
+    check_positions(encoder, "teacher", manifest)
     teacher = encoder.shape
     if settings.tasks is not None and settings.max_length > teacher.positions:
         raise InputError(
             f"--max_length {settings.max_length}: students have the teacher's {teacher.positions} "
             f"positions; give {teacher.positions} or less"
         )
-    student = _shape(settings, teacher)
+    student = build_student(_student(settings), encoder, manifest, seed=0).shape
     pair = LayerPair(student.layers, teacher.layers)
     by = settings.compared_by
     for name in (settings.objective, by):
@@ -59,16 +64,9 @@ def check_students(settings: SearchSettings) -> int:
     return teacher.layers
 
 
-def _shape(settings: SearchSettings, teacher: Shape) -> Shape:
-    """The student's shape, as `pretrain/run.py` makes it of the teacher's."""
-    hidden = settings.student_hidden or teacher.hidden
-    return replace(
-        teacher,
-        layers=settings.student_layers,
-        hidden=hidden,
-        heads=settings.student_heads or teacher.heads,
-        ffn=settings.student_ffn or teacher.ffn * hidden // teacher.hidden,
-    )
+def _student(settings: SearchSettings) -> StudentConfig:
+    """What a search says of its students, as `pretrain/run.py` takes it."""
+    return StudentConfig(**{name: getattr(settings, name) for name in STUDENT})
 
 
 def write_untrained(
@@ -81,16 +79,8 @@ def write_untrained(
         OSError: they cannot be written.
     """
     teacher = load_encoder(settings.teacher, "--teacher", settings.revision)
-    shape = StudentConfig(
-        student_layers=settings.student_layers,
-        student_hidden=settings.student_hidden,
-        student_ffn=settings.student_ffn,
-        student_heads=settings.student_heads,
-        init=settings.init,
-        dropout=settings.dropout,
-    )
     for seed in seeds:
-        model: Any = build_student(shape, teacher, manifest, seed).model
+        model: Any = build_student(_student(settings), teacher, manifest, seed).model
         with whole_folder(folder / f"seed-{seed}") as beside:
             model.save_pretrained(beside)
             for file in (Path(settings.data) / TOKENIZER_FOLDER).iterdir():

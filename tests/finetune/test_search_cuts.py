@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +141,13 @@ def test_cuts_come_cheapest_first_between_nothing_and_the_whole(
     assert found == ["none", "1l_4t_0.5h", "2l_4t_0.5h", "4t", "0.5h", "1l", "whole"]
 
 
+@pytest.mark.parametrize("page", ["knowledge.md", "knowledge-search.md"])
+def test_the_commands_of_the_documentation_make_sense(page: str) -> None:
+    text = (REPOSITORY / "docs" / page).read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python finetune/search_cuts\.py (.*)$", text, re.MULTILINE)
+    assert len(points_of(parse(shlex.split(command)), teacher_layers=12, tokens=128)) > 5
+
+
 def test_lists_stand_for_every_combination_of_them(given: Callable[..., list[str]]) -> None:
     found = names(given(keeps=None, lengths="2,all", widths="0.25,all"))
     assert found == ["none", "2t_0.25h", "2t", "0.25h", "whole"]
@@ -181,6 +191,8 @@ def test_choices_multiply_the_cuts_that_they_matter_to(given: Callable[..., list
         ({"logits_top_k": 9}, "--logits_top_k 9: --objective hid-seq"),
         ({"copies": 2, "mlm_probability": 0}, "--copies 2"),
         ({"dropout": 1.5}, "--dropout 1.5"),
+        ({"init": "1,2,3"}, "--init 1,2,3 names 3 teacher layers"),
+        ({"student_hidden": 30, "yardstick": "att-mse"}, "--student_hidden 30"),
         ({"lr": -1}, "--lr"),
         ({"teacher": "/no/model"}, "--teacher"),
         ({"ds_config": "/no/file"}, "--ds_config"),
@@ -310,10 +322,11 @@ def test_another_searchs_folder_is_refused_by_what_differs(
     given: Callable[..., list[str]],
     programs: Programs,
     materials: Materials,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert ended(given(keeps="2t")) == 0
-    before = programs.calls()
+    before, search = programs.calls(), (tmp_path / "search" / "search.json").read_bytes()
     others: list[tuple[dict[str, Any], str]] = [
         ({"steps": 8}, "steps is 7 there and 8 here"),
         ({"dtype": "fp16"}, 'dtype is "int8" there and "fp16" here'),
@@ -322,9 +335,30 @@ def test_another_searchs_folder_is_refused_by_what_differs(
         ({"teacher": materials.headless}, "teacher is"),
     ]
     for changes, said in others:
-        assert ended(given(keeps="2t", **changes)) == 2
-        assert f"another search's folder ({said}" in capsys.readouterr().err
+        for more in ([], ["--dry_run"]):
+            assert ended([*given(keeps="2t", **changes), *more]) == 2
+            assert f"another search's folder ({said}" in capsys.readouterr().err
     assert programs.calls() == before
+    assert (tmp_path / "search" / "search.json").read_bytes() == search
+
+
+def test_a_teacher_with_another_tokenizer_than_the_shards_is_refused(
+    given: Callable[..., list[str]],
+    programs: Programs,
+    materials: Materials,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = shutil.copytree(materials.teacher, tmp_path / "other")
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    one, two = sorted(words)[-2:]
+    words[one], words[two] = words[two], words[one]
+    path.write_text(json.dumps(tokenizer))
+    assert ended(given(teacher=other)) == 2
+    assert "has another tokenizer than the shards" in capsys.readouterr().err
+    assert not programs.calls()
 
 
 def test_a_folder_that_holds_something_else_is_refused(
@@ -354,7 +388,7 @@ def test_no_cut_begins_that_the_budget_may_not_suffice_for(
 
 def test_tasks_and_their_knobs_may_come_later_but_not_change(tmp_path: Path) -> None:
     def search(tasks: dict[str, str], **settings: int | None) -> dict[str, Any]:
-        knobs = {"max_length": 128, "task_rows": None, "epochs": 3, "steps": 7}
+        knobs: dict[str, Any] = {"max_length": 128, "task_rows": None, "epochs": 3, "steps": 7}
         knobs |= {"task_lr": 5e-5, "task_batch_size": 32, **settings}
         return {"settings": knobs, "teacher": "t", "tasks": tasks}
 
@@ -456,6 +490,13 @@ def test_tables_hold_mean_spread_and_the_share_of_the_gain(made: Path) -> None:
     assert lines[-1] == "| 1l | no room / at all |"
 
 
+def test_the_scores_of_some_seeds_alone_have_no_mean(made: Path) -> None:
+    (made / "records" / "1l_1t" / "sst2-1.json").unlink()
+    points = {point.keep: point for point in read_points(made)}
+    assert points["1l_1t"].mean("sst2 accuracy, %") is None
+    assert "| 1l_1t |  | 6 | 2.1 ± 0.14 | 1 of 2 seeds | 50% |" in summary([*points.values()], [])
+
+
 def test_the_frontier_is_the_best_of_all_that_costs_no_more(made: Path) -> None:
     points = [point for point in read_points(made) if point.bytes]
     sizes, best = frontier(points, LOSS)
@@ -490,7 +531,7 @@ def write_rows(folder: Path) -> Path:
     for split, rows in (("train", 32), ("validation", 16)):
         labels = [row % 2 for row in range(rows)]
         texts = [f"{'no' if label else 'if'} line {row}" for row, label in enumerate(labels)]
-        columns = {"sentence": texts, "label": labels}
+        columns: dict[str, list[Any]] = {"sentence": texts, "label": labels}
         write_parquet(folder / "sst2" / f"{split}.parquet", columns, ["negative", "positive"])
     return folder
 
