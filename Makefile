@@ -56,7 +56,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 		echo "no chromium here: the tests of the report's page in a browser are skipped"
-	python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+	python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(VENV)/.test-installed
 	ruff format --check .

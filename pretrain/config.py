@@ -241,6 +241,7 @@ class ObjectiveConfig:
             logit_chunks=count_chunks(self.loss_form, logits),
             cut=self.cut_form if cut is not None and not cut.whole else "none",
             kept_tokens=None if cut is None else cut.tokens,
+            stored=cut is not None,
         )
 
 

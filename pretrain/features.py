@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-Kind = Literal[
-    "hidden", "query", "key", "value", "logits", "predictions", "query-key", "value-value"
-]
+Wanted = Literal["hidden", "query", "key", "value", "logits", "predictions"]
+"""What objectives may ask for."""
+Kind = Literal[Wanted, "query-key", "value-value"]
 Positions = Literal["masked", "all"]
 
 

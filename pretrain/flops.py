@@ -31,6 +31,10 @@ class Work(NamedTuple):
         """The share of positions with logits, "masked" or "all"."""
         return self.masked_share if positions == "masked" else 1.0
 
+    def logits(self, positions: int | str, vocab: int) -> float:
+        """Numbers in one model's logits at these positions."""
+        return self.rows * self.length * self.share(positions) * vocab
+
 
 class Cost(NamedTuple):
     """FLOPs per token of an objective's own products, in the forward and the backward pass."""

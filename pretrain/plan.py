@@ -224,6 +224,7 @@ def _build_student(
     objective = _build_objective(config, student, teacher, manifest, sizes, cut)
     if knowledge is not None:
         knowledge.check_objective(objective)
+        knowledge.check_cut_form(config.objective.cut_form)
     if teacher is not None:
         check_positions(teacher, "teacher", manifest)
     check_positions(student, "student", manifest)
@@ -356,8 +357,8 @@ def _build_objective(
     teacher_layers = teacher.shape.layers if teacher else student.shape.layers
     chosen = settings.defaulted
     pairs = map_layers(chosen["layers"], student.shape.layers, teacher_layers)
-    compared = config.data.mlm_probability if chosen["kd_positions"] == "masked" else 1.0
-    logits = sizes.micro_batch * manifest.seq_length * compared * manifest.vocab_size
+    work = _work(config, manifest, sizes)
+    logits = work.logits(chosen["kd_positions"], manifest.vocab_size)
     objective = build_objective(str(settings.objective), settings.settings(pairs, logits, cut))
     if not config.data.mlm_probability and any(o.counted == "masked" for o in objective.objectives):
         raise InputError(

@@ -240,14 +240,14 @@ def hold_folder(output: Path) -> None:
     """Take the folder for this process, on rank 0; what it holds already it holds on.
 
     Raises:
-        InputError: another process trains into it.
+        InputError: another process writes into it.
     """
     global _held
     if _held is not None and _held[0] == output.absolute():
         return
     release_folder()
     output.mkdir(parents=True, exist_ok=True)
-    what = f"--output {output}: another run trains into this folder"
+    what = f"--output {output}: another process writes into this folder"
     _held = output.absolute(), hold(output / LOCK, f"{what}; wait for it, or give another")
 
 

@@ -141,8 +141,9 @@ class Runner:
     def _training(self, point: Point) -> list[str]:
         """The flags of `run.py`, without those of the single students."""
         settings = self._settings
+        form = [] if point.cut().whole else settings.flags("cut_form")  # nothing to mask
         return (
-            [*settings.flags(*INPUTS, *STUDENT, "objective", "lr", "copies", "cut_form")]
+            [*settings.flags(*INPUTS, *STUDENT, "objective", "lr", "copies"), *form]
             + ["--layers", self._layers_of(point) or settings.layers]
             + ["--knowledge", str(self._knowledge(point))]
             + ["--max_steps", str(settings.steps), "--keep_checkpoints", "1"]

@@ -90,6 +90,11 @@ class Contents:
         """Records of a split: every copy of a training row, every validation row once."""
         return self.rows[split] * (self.copies if split == TRAIN else 1)
 
+    @property
+    def files(self) -> int:
+        """How many files hold the records of both splits."""
+        return sum(-(-self.slots(split) // self.rows_per_file) for split in (VALIDATION, TRAIN))
+
 
 @dataclass(frozen=True)
 class KnowledgeFile:
@@ -137,8 +142,8 @@ def parts_of(contents: Contents) -> list[Part]:
 
 def file_image(records: NDArray[Any], compression: str) -> bytes:
     """The bytes of a file of records (n,), sealed."""
-    body = _compressed(records) if compression == "zstd" else records.tobytes()
-    return body + hashlib.sha256(body).digest()
+    body = _compressed(records) if compression == "zstd" else records.view(np.uint8).data
+    return b"".join([body, hashlib.sha256(body).digest()])
 
 
 def _compressed(records: NDArray[Any]) -> bytes:
@@ -213,10 +218,8 @@ def _check_files(manifest: KnowledgeManifest) -> None:
         raise ValueError("copies, rows_per_file and seq_length must be positive")
     if contents.compression not in ("none", "zstd"):
         raise ValueError(f"compression is {contents.compression[:40]!r}")
-    splits = (VALIDATION, TRAIN)
-    number = sum(-(-contents.slots(split) // contents.rows_per_file) for split in splits)
-    if number != len(manifest.files):  # before so many are listed
-        raise ValueError(f"it names {len(manifest.files)} files, its rows need {number}")
+    if contents.files != len(manifest.files):  # before so many are listed
+        raise ValueError(f"it names {len(manifest.files)} files, its rows need {contents.files}")
     expected = [(part.name, part.split, len(part.slots)) for part in parts_of(contents)]
     if [(file.name, file.split, file.records) for file in manifest.files] != expected:
         raise ValueError("its files are not those of its rows")

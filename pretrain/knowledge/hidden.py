@@ -13,13 +13,12 @@ from pretrain.features import Feature, Features, Kept, KeptScores, Kind
 from pretrain.knowledge.choices import Neurons, Tokens
 from pretrain.knowledge.codecs import Codec, Precision, get_codec
 from pretrain.knowledge.entries import Entry, Field
+from pretrain.objectives.attention import SCORES
 from pretrain.objectives.kept import at_neurons, at_tokens, kept_scores
 from pretrain.objectives.relation import Sides
 
-SIDES: dict[Kind, tuple[Kind, Kind]] = {
-    "query-key": ("query", "key"),
-    "value-value": ("value", "value"),
-}
+SIDES: dict[Kind, tuple[Kind, Kind]] = {kind: sides for sides, kind in SCORES.items()}
+"""What scores that are stored under a name are the products of."""
 
 
 @dataclass(frozen=True)

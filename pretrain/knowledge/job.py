@@ -1,6 +1,6 @@
 """A checked storing of knowledge: everything that is asked before its long work starts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pretrain.features import Feature
 from pretrain.knowledge.cuts import Cut, mapped_layers, parse_cut
 from pretrain.knowledge.entries import Entry, row_bytes
 from pretrain.knowledge.format import Contents
-from pretrain.knowledge.layout import features_of, make_entries
+from pretrain.knowledge.layout import check_predictions, features_of, make_entries
 from pretrain.knowledge.settings import KnowledgeConfig
 from pretrain.models import Encoder, check_local, fingerprint, load_config, load_encoder
 from pretrain.objectives import LayerPair, Settings, build_objective
@@ -27,6 +27,8 @@ from pretrain.student.depth import map_layers
 from pretrain.teacher import check_teacher
 
 MOST_FILE_BYTES, MOST_FILE_ROWS = 2**28, 4096
+MOST_FILES = 50_000
+"""Each is a memory map of the training process, and Linux gives it 65,530 (vm.max_map_count)."""
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "architectures")
 
 
@@ -101,7 +103,8 @@ def make_job(config: KnowledgeConfig) -> Job:
     )
     entries = make_entries(contents, teacher.shape)
     rows = _rows_per_file(config, sizes.micro_batch, row_bytes(entries))
-    contents = Contents(**{**vars(contents), "rows_per_file": rows})
+    contents = replace(contents, rows_per_file=rows)
+    _check_number_of_files(contents)
     return Job(config, contents, entries, teacher, manifest, precision(ds_config))
 
 
@@ -168,6 +171,7 @@ def check_cut(config: KnowledgeConfig, cut: Cut, objective: WeightedSum) -> None
     """
     for name, term in zip(objective.names, objective.objectives, strict=True):
         term.check_cut(name, cut)
+        check_predictions(name, term, config.logits_top_k or 0)
     kinds = {kind for kind, _ in objective.teacher_features()}
     logits = bool(kinds & {"logits", "predictions"})
     for part, cuts, what in (
@@ -203,6 +207,19 @@ def _rows_per_file(config: KnowledgeConfig, micro_batch: int, bytes_: int) -> in
     """Whole micro-batches, so that a row meets the same neighbours however files are dealt out."""
     rows = config.rows_per_file or min(MOST_FILE_ROWS, MOST_FILE_BYTES // bytes_)
     return max(1, rows // micro_batch) * micro_batch
+
+
+def _check_number_of_files(contents: Contents) -> None:
+    if contents.files <= MOST_FILES:
+        return
+    rows = sum(contents.slots(split) for split in (TRAIN, VALIDATION))
+    least = -(-rows // (MOST_FILES - 2))  # the last file of each split may be short
+    raise InputError(
+        f"{rows:,} rows in files of {contents.rows_per_file:,} are {contents.files:,} files, and "
+        f"at most {MOST_FILES:,} can be read; give --rows_per_file "
+        f"{-(-least // contents.micro_batch) * contents.micro_batch} or more, which each rank has "
+        "in memory while it writes them"
+    )
 
 
 def _name(source: str) -> str:

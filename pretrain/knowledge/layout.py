@@ -3,20 +3,20 @@
 from collections.abc import Iterable
 
 from potstill.errors import InputError
-from pretrain.features import Feature
+from pretrain.features import Feature, Kind
 from pretrain.knowledge.choices import Neurons, Tokens
 from pretrain.knowledge.codecs import get_codec
 from pretrain.knowledge.cuts import Cut, parse_cut
 from pretrain.knowledge.entries import Entry
 from pretrain.knowledge.format import Contents, StoredFeature
-from pretrain.knowledge.hidden import CutHidden, CutScores, Whole
+from pretrain.knowledge.hidden import SIDES, CutHidden, CutScores, Whole
 from pretrain.knowledge.top_logits import TopK, WholeLogits
 from pretrain.masking import most_masked
 from pretrain.models import Shape
 from pretrain.objectives.base import Objective
 from pretrain.objectives.composite import WeightedSum
 
-_SCORES = {"query": "query-key", "key": "query-key", "value": "value-value"}
+_SCORES: dict[Kind, Kind] = {side: kind for kind, sides in SIDES.items() for side in sides}
 
 
 def cut_of(contents: Contents) -> Cut:
@@ -46,7 +46,7 @@ def _stored_as(feature: Feature, cut: Cut) -> Feature:
     if feature.kind == "predictions":
         return Feature("logits", feature.at)
     if feature.kind in _SCORES and cut.tokens is not None:
-        return Feature(_SCORES[feature.kind], feature.at)  # type: ignore[arg-type]
+        return Feature(_SCORES[feature.kind], feature.at)
     return feature
 
 
@@ -95,6 +95,7 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
     cut = cut_of(contents)
     for name, term in zip(objective.names, objective.objectives, strict=True):
         term.check_cut(name, cut)
+        check_predictions(name, term, contents.logits_top_k)
         _check_temperature(contents, term)
     stored = {(one.kind, one.at): one for one in contents.features}
     first_only = {(one.kind, one.at): one.first_token for one in features_of(objective, cut)}
@@ -113,11 +114,30 @@ def check_needs(contents: Contents, wanted: Iterable[Feature], objective: Weight
             )
 
 
+def check_predictions(name: str, term: Objective, top_k: int) -> None:
+    """Refuse likeliest tokens for an objective that wants all logits; `name` is the user's.
+
+    Args:
+        top_k: 0 stores all.
+
+    Raises:
+        InputError: a class that knows no cut, of a user's own.
+    """
+    if top_k and _learns_predictions(term) and not term.takes_cut:
+        raise InputError(
+            f"--logits_top_k {top_k}: --objective {name} compares all logits and cannot learn from "
+            "the likeliest; store them without it, or take another objective"
+        )
+
+
+def _learns_predictions(term: Objective) -> bool:
+    return any(kind in ("logits", "predictions") for kind, _ in term.teacher_features())
+
+
 def _check_temperature(contents: Contents, term: Objective) -> None:
     """Refuse likeliest tokens whose probabilities are those of another temperature."""
     asked, stored = term.settings.temperature, contents.kd_temperature
-    learns = any(kind in ("logits", "predictions") for kind, _ in term.teacher_features())
-    if contents.logits_top_k and learns and asked != stored:
+    if contents.logits_top_k and _learns_predictions(term) and asked != stored:
         raise InputError(
             f"--kd_temperature {asked}: --knowledge has the likeliest tokens at temperature "
             f"{stored}; give --kd_temperature {stored}, or store it again"

@@ -67,8 +67,8 @@ class KnowledgeConfig:
         "Default: uniform_mask."
     )
     dtype: Precision = option(
-        "Precision on disk. fp32 under an fp32 ds_config and bf16 under a bf16 one are exact; int8 "
-        "and fp8 keep a scale for every vector.",
+        "Precision on disk. fp32 under an fp32 ds_config and bf16 under a bf16 one store whole "
+        "features exactly; int8 and fp8 keep a scale for every vector. --logits_top_k has its own.",
         "fp16",
     )
     logits_top_k: int | None = option(

@@ -26,6 +26,7 @@ from pretrain.knowledge.layout import check_needs, cut_of, make_entries
 from pretrain.knowledge.reader import KnowledgeReader
 from pretrain.model_config import check_model_config
 from pretrain.models import HEADS, Encoder, shape_of
+from pretrain.objectives.base import CutForm
 from pretrain.objectives.composite import WeightedSum
 
 
@@ -115,6 +116,18 @@ class Knowledge:
             InputError: what is missing.
         """
         check_needs(self.manifest.contents, objective.teacher_features(), objective)
+
+    def check_cut_form(self, form: CutForm) -> None:
+        """Refuse a form of cut losses where nothing is cut.
+
+        Raises:
+            InputError: `--cut_form masked` for whole rows.
+        """
+        if form == "masked" and self.cut.whole:
+            raise InputError(
+                f"--cut_form masked: --knowledge {self.folder} has all tokens and neurons, so "
+                "that there is nothing to mask; drop it"
+            )
 
     def check_files(self) -> None:
         """Compare all files with their checksums; ranks share the work.

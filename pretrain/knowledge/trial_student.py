@@ -8,9 +8,10 @@ from torch import distributed as dist
 
 from pretrain.attention import choose_attention
 from pretrain.batches import Batch
-from pretrain.config import StudentConfig
+from pretrain.config import ObjectiveConfig, StudentConfig
 from pretrain.ds_config import batch_sizes, read_ds_config
 from pretrain.features import Features
+from pretrain.flops import Work
 from pretrain.knowledge.job import Job
 from pretrain.knowledge.layout import cut_of
 from pretrain.knowledge.source import StoredTeacher
@@ -42,15 +43,16 @@ def make_student(job: Job) -> Student:
         student_layers=config.student_layers, student_hidden=config.student_hidden
     )
     student = build_student(shape, job.teacher, job.manifest, contents.seed)
-    cut = cut_of(contents)
-    settings = Settings(
-        map_layers(contents.layers, student.shape.layers, job.teacher.shape.layers),
-        temperature=contents.kd_temperature,
-        positions=config.defaulted["kd_positions"],
+    chosen = ObjectiveConfig(
+        objective=contents.objective,
+        kd_temperature=contents.kd_temperature,
+        kd_positions=config.kd_positions,
         relation_heads=_relation_heads(student.shape, job.teacher.shape),
-        cut="none" if cut.whole else "kept",
-        kept_tokens=cut.tokens,
     )
+    pairs = map_layers(contents.layers, student.shape.layers, job.teacher.shape.layers)
+    work = Work(contents.micro_batch, contents.seq_length, contents.mlm_probability)
+    logits = work.logits(chosen.defaulted["kd_positions"], job.manifest.vocab_size)
+    settings = chosen.settings(pairs, logits, cut_of(contents))
     objective = build_objective(contents.objective, settings)
     check_models(objective, student.shape, job.teacher.shape)
     return Student(student, objective)

@@ -131,12 +131,13 @@ def store(job: Job, device: torch.device) -> None:
 def _write(
     job: Job, part: Part, rows: Rows, teacher: Teacher, device: torch.device, bar: "tqdm[Any]"
 ) -> None:
-    records = []
+    records, done = np.empty(len(part.slots), record_type(job.entries)), 0
     for batch in rows.batches(part):
-        records.append(records_of(job.entries, teacher, batch, device))
-        bar.update(len(batch.input_ids))
-    image = file_image(np.concatenate(records), job.contents.compression)
-    write_bytes(job.config.folder / part.name, image)
+        made = records_of(job.entries, teacher, batch, device)
+        records[done : done + len(made)] = made
+        done += len(made)
+        bar.update(len(made))
+    write_bytes(job.config.folder / part.name, file_image(records, job.contents.compression))
 
 
 @contextmanager
@@ -162,17 +163,17 @@ def _begin(job: Job) -> None:
     folder = job.config.folder
     hold_folder(folder)
     remove_leftovers(folder)
-    if not (folder / IDENTITY).exists():
-        write_json(folder / IDENTITY, {"identity": identity_of(job.contents)})
+    identity = identity_of(job.contents)
+    if not holds(folder / IDENTITY, identity, "knowledge"):  # asked again, under the lock
+        write_json(folder / IDENTITY, {"identity": identity})
 
 
 def _missing(folder: Path, parts: list[Part]) -> list[Part]:
     """The files that are not whole; ranks share the look, each reading its files."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    own = [
-        (number, is_sealed(folder / parts[number].name))
-        for number in range(len(parts))[rank::ranks]
-    ]
+    mine = range(len(parts))[rank::ranks]
+    looked = progress(mine, desc="looking for whole files", unit=" files", delay=5.0)
+    own = [(number, is_sealed(folder / parts[number].name)) for number in looked]
     found: list[list[tuple[int, bool]]] = [[]] * ranks
     dist.all_gather_object(found, own)
     whole = {number for share in found for number, sealed in share if sealed}
@@ -183,7 +184,8 @@ def _described(folder: Path, parts: list[Part]) -> list[KnowledgeFile]:
     """All files with their checksums; ranks share the reading. Waits for every rank."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     dist.barrier()
-    own = {part.name: sha256_of(folder / part.name) for part in parts[rank::ranks]}
+    written = progress(parts[rank::ranks], desc="checksums", unit=" files", delay=5.0)
+    own = {part.name: sha256_of(folder / part.name) for part in written}
     found: list[dict[str, str]] = [{}] * ranks
     dist.all_gather_object(found, own)
     sums = {name: digest for share in found for name, digest in share.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from potstill.errors import InputError
-from pretrain.features import Kind
+from pretrain.features import Wanted
 from pretrain.models import Shape
 from pretrain.objectives.attention import AttKL, AttMSE, MiniLMv2, ValKL
 from pretrain.objectives.base import LayerPair, Objective, Relation, Settings, Unit
@@ -128,8 +128,8 @@ def _load(name: str) -> type[Objective]:
         raise InputError(f"--objective {name}: unit {found.unit!r} is none of {get_args(Unit)}")
     if not isinstance(found.needs, tuple):
         raise InputError(f"--objective {name}: needs {found.needs!r} must be a tuple of names")
-    if unknown := [kind for kind in found.needs if kind not in get_args(Kind)]:
-        raise InputError(f"--objective {name}: needs {unknown[0]!r}, none of {get_args(Kind)}")
+    if unknown := [kind for kind in found.needs if kind not in get_args(Wanted)]:
+        raise InputError(f"--objective {name}: needs {unknown[0]!r}, none of {get_args(Wanted)}")
     return found
 
 

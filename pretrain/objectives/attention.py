@@ -146,7 +146,6 @@ class RelationKL(RelationObjective):
     """
 
     unit: ClassVar[Unit] = "tokens"  # a distribution for every valid query
-    takes_cut: ClassVar[bool] = True
 
     def _distance(self, student: Sides, teacher: Sides, batch: Batch) -> Tensor:
         # On a CPU the lean form is the faster one at any length: it stays in the cache.
@@ -168,6 +167,7 @@ class AttKL(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key")
+    takes_cut: ClassVar[bool] = True
     relations: ClassVar[tuple[Relation, ...]] = QUERY_KEY
 
 
@@ -179,6 +179,7 @@ class ValKL(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("value",)
+    takes_cut: ClassVar[bool] = True
     relations: ClassVar[tuple[Relation, ...]] = VALUE_VALUE
 
 
@@ -193,7 +194,6 @@ class MiniLMv2(RelationKL):
     """
 
     needs: ClassVar[tuple[Kind, ...]] = ("query", "key", "value")
-    takes_cut: ClassVar[bool] = False  # regrouped heads are not those of which scores are stored
 
     def student_features(self) -> frozenset[Feature]:
         return frozenset(f for f in super().student_features() if f.kind in self._kinds())

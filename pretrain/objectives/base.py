@@ -14,7 +14,8 @@ from pretrain.flops import Cost, Work
 from pretrain.knowledge.cuts import Cut
 from pretrain.models import Shape
 
-Unit = Literal["sequences", "tokens", "masked", "pairs", "kept_tokens", "kept_pairs"]
+Unit = Literal["sequences", "tokens", "masked", "pairs"]
+Counted = Literal[Unit, "kept_tokens", "kept_pairs"]
 CutForm = Literal["none", "kept", "masked"]
 ProjectionMode = Literal["auto", "always", "none"]
 Form = Literal["auto", "plain", "lean"]
@@ -25,7 +26,7 @@ LEAN_FROM = 512
 Measured on a CPU by `benchmarks/lean_forms.py`: at 128 tokens the plain `att-mse` is several times
 faster; from 512 on the lean forms win. KLs are lean on a CPU at any length, where that is faster.
 """
-_KEPT: dict[Unit, Unit] = {"tokens": "kept_tokens", "pairs": "kept_pairs"}
+_KEPT: dict[Unit, Counted] = {"tokens": "kept_tokens", "pairs": "kept_pairs"}
 
 
 class LayerPair(NamedTuple):
@@ -68,6 +69,7 @@ class Settings:
         cut: what a mean runs over where knowledge is cut: "kept", what is stored of it; "masked",
             all tokens, pairs and neurons, as if zeros stood in both models in place of the rest.
         kept_tokens: of a row at most, where knowledge is cut in length: FLOPs are counted by it.
+        stored: whether the teacher's features are read, and none of its products is computed.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -83,6 +85,7 @@ class Settings:
     logit_chunks: int = 0
     cut: CutForm = "none"
     kept_tokens: int | None = None
+    stored: bool = False
 
     def lean(self, length: int) -> bool:
         """Whether rows of `length` tokens get the memory-lean form."""
@@ -114,7 +117,7 @@ class Objective(ABC):
     first_token_only: ClassVar[bool] = False
 
     @property
-    def counted(self) -> Unit:
+    def counted(self) -> Counted:
         """The unit of this instance; some depend on the settings."""
         kept = self.takes_cut and self.settings.cut == "kept"
         return _KEPT.get(self.unit, self.unit) if kept else self.unit

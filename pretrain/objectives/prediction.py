@@ -125,10 +125,11 @@ class KD(Objective):
         return soft_cross_entropy(ours, theirs, settings.temperature, used)
 
     def flops(self, student: Shape, teacher: Shape, work: Work) -> Cost:
-        """In chunks, both heads once more in backward; the features count the first time."""
-        heads = head_flops(student) + head_flops(teacher)
-        again = heads * work.share(self.settings.positions) if self.settings.logit_chunks else 0.0
-        return Cost(0.0, again)
+        """In chunks, heads that run once more in backward; the features count the first time."""
+        if not self.settings.logit_chunks:
+            return Cost()
+        heads = head_flops(student) + (0 if self.settings.stored else head_flops(teacher))
+        return Cost(0.0, heads * work.share(self.settings.positions))
 
     @property
     def _feature(self) -> Feature:

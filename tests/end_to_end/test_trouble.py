@@ -256,7 +256,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
     folder: Path, alone: Mapping[str, tuple[int, str]]
 ) -> None:
     status, errors = alone["held"]
-    assert status == 2 and "another run trains into this folder" in errors
+    assert status == 2 and "another process writes into this folder" in errors
     ours, before = ((folder / run / "metrics.jsonl").read_bytes() for run in ("held", "Sound-0"))
     assert ours == before
 

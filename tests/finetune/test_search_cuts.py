@@ -271,6 +271,14 @@ def test_every_cut_is_stored_learnt_by_all_seeds_in_one_run_and_compared_alike(
     assert points["2t-attention"].values == {LOSS: {0: 4.0, 1: 5.0, 2: 6.0}}
 
 
+def test_the_masked_form_is_of_cuts_that_leave_tokens_or_neurons_out(
+    programs: Programs, given: Callable[..., list[str]]
+) -> None:
+    assert ended(given(keeps="1l,2t", cut_form="masked")) == 0
+    told = {name: programs.told("7", name) for name in ("1l", "2t", "whole")}
+    assert {name for name, words in told.items() if "--cut_form" in words} == {"2t"}
+
+
 def test_bytes_per_token_are_those_of_all_training_rows_and_copies(
     given: Callable[..., list[str]], programs: Programs, materials: Materials, tmp_path: Path
 ) -> None:

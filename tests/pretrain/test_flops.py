@@ -121,6 +121,17 @@ def test_a_frozen_encoders_backward_is_the_heads(name: str) -> None:
     assert per_token * ROWS * LENGTH == pytest.approx(total, rel=EXACT)
 
 
+def test_chunked_kd_runs_no_head_of_a_stored_teacher() -> None:
+    objective = build_objective("kd", Settings((), **SETTINGS["lean"], stored=True))
+    student, teacher, module, source = build("bert", TEACHER, plain_attention, objective)
+    batch, work = full_batch()
+    source.wanted = frozenset({Feature("logits", "all")})
+    stored = {name: value.clone() for name, value in source.features(batch).items()}
+    total = counted(lambda: module(batch, stored).sum().backward())
+    per_token = student_flops(objective, student.shape, teacher.shape, work)
+    assert per_token * ROWS * LENGTH == pytest.approx(total, rel=EXACT)
+
+
 def test_a_divergence_in_several_chunks_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CHUNKS["cpu"] > ROWS * 4 * LENGTH**2, "one chunk in the tests above"
     monkeypatch.setitem(CHUNKS, "cpu", 7 * LENGTH)

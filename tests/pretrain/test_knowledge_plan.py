@@ -8,6 +8,7 @@ import torch
 
 from data_prep.shard_format import TRAIN, VALIDATION
 from potstill.errors import InputError
+from pretrain import config
 from pretrain.knowledge import plan, sample, stopwatch
 from pretrain.knowledge.entries import row_bytes
 from pretrain.knowledge.format import Part, file_image
@@ -111,6 +112,27 @@ def test_a_sample_of_any_knowledge_is_stored_read_and_learned_from(
     assert min(vars(found).values()) > 0
     if job.contents.compression == "none":  # the file's 32 bytes of checksum are shared by its rows
         assert row_bytes(job.entries) <= found.file_bytes <= row_bytes(job.entries) + 32
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_student_computes_its_losses_as_in_a_run(
+    materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else logits that a run takes in chunks would not fit into the memory of a plan."""
+    asked = []
+
+    def three(form: str, logits: float) -> int:
+        asked.append(logits)
+        return 3
+
+    monkeypatch.setattr(config, "count_chunks", three)
+    job = planned(materials, tmp_path, objective="kd", kd_temperature=2, kd_positions="all")
+    student = make_student(job)
+    (term,) = student.objective.objectives
+    told = term.settings
+    assert asked == [job.contents.micro_batch * LENGTH * job.manifest.vocab_size]
+    assert (told.logit_chunks, told.temperature, told.positions) == (3, 2, "all") and told.stored
+    assert take_sample(job, student, CPU).student > 0
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -19,14 +19,14 @@ from data_prep import shard
 from data_prep.shard_format import TRAIN, VALIDATION
 from potstill.errors import InputError
 from potstill.files import read_sealed_json, write_sealed_json
-from pretrain import run
+from pretrain import cache_knowledge, run
 from pretrain.attention import choose_attention
 from pretrain.batches import Batch
 from pretrain.config import parse_config
 from pretrain.features import Kept
 from pretrain.knowledge import job as job_module
 from pretrain.knowledge.format import IDENTITY, MANIFEST, parts_of
-from pretrain.knowledge.job import make_job
+from pretrain.knowledge.job import Job, make_job
 from pretrain.knowledge.settings import parse_config as parse_storing
 from pretrain.knowledge.writer import rows_of
 from pretrain.models import load_encoder
@@ -233,6 +233,7 @@ REFUSED: dict[str, tuple[Callable[[Materials, Path], Given], str]] = {
     "kind": (always(objective="minilmv2", relation_heads=8, layers="1:2"), "has no key 2, "),
     "positions": (always(objective="kd", kd_positions="all"), "has no logits all, .*logits masked"),
     "start": (always(init="uniform"), "--init uniform copies teacher layers, .*give --teacher too"),
+    "cut": (always(cut_form="masked"), "--cut_form masked: .* has all tokens and neurons"),
     "folder": (always(knowledge="nowhere"), "there is no such folder; make it: .*cache_knowledge"),
     "other folder": (always(knowledge="."), "is no folder of pretrain/cache_knowledge.py"),
 }
@@ -514,6 +515,36 @@ def test_two_writers_at_once_are_one_too_many(
         finally:
             other.kill()
     assert not (copy / MANIFEST).exists()
+
+
+def test_a_folder_that_another_began_meanwhile_is_refused(
+    whole: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look at it and its lock: its files would pass for ours."""
+    output = tmp_path / "late"
+
+    def begin(job: Job) -> None:
+        shutil.copytree(whole, output)
+        (output / MANIFEST).unlink()
+
+    monkeypatch.setattr(cache_knowledge, "describe", begin)
+    given = storing(materials, tmp_path, output=output, seed=6)
+    with pytest.raises(InputError, match=r"holds another knowledge: .*\bseed\b.* differ"):
+        store(materials, tmp_path, **given)
+    assert not (output / MANIFEST).exists()
+
+
+def test_more_files_than_can_be_read_are_refused_with_rows_that_fit(
+    materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "MOST_FILES", 9)
+    given = storing(materials, tmp_path, output=tmp_path / "k", objective="hid-cls")
+    with pytest.raises(InputError, match="at most 9 can be read; give --rows_per_file") as refusal:
+        store(materials, tmp_path, **(given | {"rows_per_file": 4}))
+    rows = int(str(refusal.value).split("--rows_per_file ")[1].split()[0])
+    for fits in (rows, rows + 4):
+        job = make_job(parse_storing(flags(**(given | {"rows_per_file": fits}))))
+        assert job.contents.rows_per_file == fits and job.contents.files <= 9
 
 
 def test_values_that_a_precision_cannot_hold_stop_the_storing_by_name(

@@ -10,14 +10,20 @@ import torch
 
 from potstill.errors import InputError
 from pretrain.features import Feature
+from pretrain.knowledge.cuts import Cut
+from pretrain.knowledge.layout import check_predictions
 from pretrain.models import Shape
 from pretrain.objectives import (
+    OBJECTIVES,
     LayerPair,
     Settings,
     build_objective,
     check_models,
     parse_relations,
 )
+from pretrain.objectives.attention import RelationKL
+from pretrain.objectives.base import Relation
+from pretrain.objectives.hidden import HidSeq
 from tests import reference
 from tests.pretrain.tiny import ragged_batch
 
@@ -66,6 +72,8 @@ def test_the_objective_of_the_docs_works_and_is_short(repository: Path, user_pac
         ("broken_objectives:Loss", r"importing broken_objectives failed \(SyntaxError"),
         ("wrong_unit:Loss", "unit 'token' is none of .*'tokens'"),
         ("wrong_needs:Loss", "needs 'hiden', none of .*'hidden'"),
+        ("stored_unit:Loss", "unit 'kept_tokens' is none of"),
+        ("stored_needs:Loss", "needs 'query-key', none of"),
         ("no_unit:Loss", "the class lacks unit"),
         ("my_objectives:Tensor", "no subclass of pretrain.objectives.base.Objective"),
         ("my_objectives:Objective", "lacks total"),
@@ -85,6 +93,8 @@ def test_a_class_that_cannot_serve_is_refused(
     changes = {
         "wrong_unit": ('unit = "tokens"', 'unit = "token"'),
         "wrong_needs": ('("hidden",)', '("hiden",)'),
+        "stored_unit": ('unit = "tokens"', 'unit = "kept_tokens"'),
+        "stored_needs": ('("hidden",)', '("query-key",)'),
         "no_unit": ('unit = "tokens"', ""),
     }
     for module, (right, wrong) in changes.items():
@@ -93,6 +103,43 @@ def test_a_class_that_cannot_serve_is_refused(
     with pytest.raises(InputError, match=fact) as refusal:
         build_objective(name, Settings((PAIR,)))
     assert "\n" not in str(refusal.value)
+
+
+class QueryKL(RelationKL):
+    """A user's: MiniLM's relation, of queries."""
+
+    needs = ("query",)
+    relations = (Relation("query", "query", 1.0),)
+
+
+class LogitError(HidSeq):
+    """A user's: of all logits."""
+
+    needs = ("logits",)
+    takes_cut = False
+
+    def teacher_features(self) -> frozenset[Feature]:
+        return frozenset({Feature("logits", "all")})
+
+
+def test_a_user_s_own_relation_learns_from_a_live_teacher_and_refuses_a_cut() -> None:
+    """Scores are stored of the packaged relations only."""
+    own, batch, shape = QueryKL(Settings((PAIR,))), ragged_batch((4, 2)), (2, 3, 4, 5)
+    student, teacher = torch.randn(shape).double(), torch.randn(shape).double()
+    found = own.total({Feature("query", 1): student}, {Feature("query", 2): teacher}, batch, {})
+    expected = reference.relation_kl((student, student), (teacher, teacher), (4, 2))
+    torch.testing.assert_close(found / batch.counts["tokens"], expected)
+    with pytest.raises(InputError, match="--keep 5t: --objective my:QueryKL compares whole rows"):
+        own.check_cut("my:QueryKL", Cut(tokens=5))
+
+
+def test_a_user_s_own_objective_on_logits_refuses_the_likeliest_tokens() -> None:
+    own = LogitError(Settings((PAIR,)))
+    with pytest.raises(InputError, match="--logits_top_k 5: --objective my:L2 compares all logits"):
+        check_predictions("my:L2", own, 5)
+    check_predictions("my:L2", own, 0)
+    for name in ("kd", "mlm", "hid-seq"):
+        check_predictions(name, OBJECTIVES[name](Settings((PAIR,))), 5)
 
 
 def test_relations_and_their_weights_are_read() -> None:
