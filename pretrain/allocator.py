@@ -15,11 +15,11 @@ def keep_freed_memory() -> None:
     Otherwise glibc gives every large block back when it is freed, and the next step pays for each
     of its pages again: the gradient of 30,522 embeddings then takes longer to allocate than to
     compute. Call it before the first tensor is made. What a user has set in the environment
-    (`MALLOC_*`, `THP_MEM_ALLOC_ENABLE`) stays as it is.
+    (`MALLOC_*`, `GLIBC_TUNABLES`, `THP_MEM_ALLOC_ENABLE`) stays as it is.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own, of blocks from 2 MiB on
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    if mallopt is None or any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ):
         return
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)

@@ -26,7 +26,7 @@ for repeat in range(12):
 
 def faults(*words: str, **environment: str) -> int:
     """Page faults of the last of some equal allocations, in a process of its own."""
-    own = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "THP_"))}
+    own = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_", "THP_"))}
     done = subprocess.run(
         [sys.executable, "-c", PAGES, *words],
         env={**own, **environment, "OMP_NUM_THREADS": "1"},
