@@ -103,7 +103,7 @@ bench: $(VENV)/.test-installed
 		--data "$(RUNS)/real/shards" $(if $(DISTILLKIT),--distillkit "$(DISTILLKIT)")
 	python benchmarks/knowledge_bytes.py
 	python benchmarks/knowledge_deviation.py --data "$(RUNS)/real/shards" \
-		--head_teacher "$(RUNS)/head/frozen/student"
+		--head_teacher "$(RUNS)/head/frozen/student" --trained hid-seq hid-cls att-mse kd
 	python benchmarks/knowledge_speed.py --data "$(RUNS)/real/shards"
 	python benchmarks/knowledge_chaos.py --output "$(RUNS)/knowledge-chaos" --kills 20
 	python benchmarks/knowledge_search.py --ds_config "$(DS_CONFIG)" --output "$(RUNS)/knowledge-search"

@@ -153,13 +153,13 @@ class Chaos:
 
     def run(self, kills: int, life: float) -> dict[str, int]:
         """Kill it so often, each time within `life` seconds, then let it finish; what was seen."""
-        begun = 0
+        begun = False
         while self.seen["kills"] < kills or begun:
             begun = self._live(life if self.seen["kills"] < kills else float("inf"))
         return self.seen
 
-    def _live(self, life: float) -> int:
-        """One start; the files that stand in an unfinished folder after it, plus one."""
+    def _live(self, life: float) -> bool:
+        """One start; whether the folder is unfinished after it."""
         before = self._stamps()
         start = self._start()
         ended = start.wait(self.dice.uniform(0, life) if life < float("inf") else life)
@@ -174,10 +174,10 @@ class Chaos:
         if not (ended and set(start.statuses) == {0}):
             if ended:
                 raise RuntimeError(f"a start failed by itself: see {start.log}")
-            return 1 + len(now)
+            return True
         self.seen["of_other_bytes"] += files(self._current) != self.whole
         self.seen["finished_folders"] += 1
-        return 0
+        return False
 
     def _start(self) -> Start:
         self.seen["starts"] += 1
